@@ -1,0 +1,135 @@
+"""The backbone contract: an ordered list of named blocks that turns images into features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the weights expect their images: taken from the weights' own metadata.
+
+    The shorter side is resized to `resize_size` px, the central `crop_size` px square is kept,
+    values in [0, 1] are normalised per channel.
+    """
+
+    resize_size: int
+    crop_size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bilinear"
+
+
+def pool_nchw(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C); anything already flat passes through."""
+    return x.mean((2, 3)) if x.ndim == 4 else x
+
+
+class Backbone(nn.Module):
+    """Blocks in order, input to output; `forward` is their composition.
+
+    Args:
+        blocks: name -> module. The last one ends in pooled features (N, F).
+        preprocessing: what the images must look like.
+        taps: names of blocks whose pooled outputs are concatenated into the features, or "all";
+            None takes the last block's output alone. Taps give a linear probe the earlier
+            blocks too, for the same forward pass.
+        pool: turns a block's output into (N, C); differs for token and channels-last families.
+        channels_last: whether that memory format is the fast one here (convolutions).
+        probe_size: side in px of the blank image that measures `num_features`.
+        description: where the weights come from, for the start-up summary.
+
+    Attributes:
+        blocks: `nn.Sequential`, so `blocks[:k]` is a prefix and `blocks[k:]` a suffix.
+        num_features: F, width of the features (summed over taps).
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, nn.Module],
+        preprocessing: Preprocessing,
+        *,
+        taps: Sequence[str] | str | None = None,
+        pool: Callable[[Tensor], Tensor] = pool_nchw,
+        channels_last: bool = True,
+        probe_size: int | None = None,
+        description: str = "",
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential()
+        for name, block in blocks.items():
+            self.blocks.add_module(name, block)
+        self.preprocessing = preprocessing
+        self.pool = pool
+        self.channels_last = channels_last
+        self.description = description
+        self.taps = self._check_taps(taps)
+        self.num_features = self._measure_features(probe_size or preprocessing.crop_size)
+
+    @property
+    def block_names(self) -> list[str]:
+        return [name for name, _ in self.blocks.named_children()]
+
+    @property
+    def learnable_blocks(self) -> list[str]:
+        """Names of the blocks that hold parameters."""
+        return [
+            name
+            for name, block in self.blocks.named_children()
+            if next(block.parameters(), None) is not None
+        ]
+
+    def _check_taps(self, taps: Sequence[str] | str | None) -> list[str] | None:
+        if taps is None:
+            return None
+        if isinstance(taps, str):
+            taps = self.block_names if taps == "all" else [taps]
+        unknown = [name for name in taps if name not in self.block_names]
+        if unknown or not taps:
+            raise ValueError(
+                f"backbone.taps: no block named {', '.join(unknown) or '(empty list)'}; "
+                f"the blocks are {', '.join(self.block_names)}"
+            )
+        return [name for name in self.block_names if name in taps]
+
+    @torch.no_grad()
+    def _measure_features(self, size: int) -> int:
+        """Width of the features, by one forward of a blank image: right for any family."""
+        training = self.training
+        self.eval()
+        reference = next(self.parameters())
+        image = torch.zeros(1, 3, size, size, device=reference.device, dtype=reference.dtype)
+        width = self(image).shape[1]
+        self.train(training)
+        return width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) normalised images -> (N, num_features)."""
+        return self.forward_from(0, images)
+
+    def forward_from(self, start: int, x: Tensor) -> Tensor:
+        """Features from the input of block `start` (its images or stored activations).
+
+        `start` after the last block returns x itself: x already holds the features.
+        """
+        if start >= len(self.blocks):
+            return x
+        if self.taps is None:
+            for block in self.blocks[start:]:
+                x = block(x)
+            return x
+        if start > 0:
+            raise ValueError("taps need the earlier blocks too: start at 0 or after the last one")
+        pooled = []
+        for name, block in self.blocks.named_children():
+            x = block(x)
+            if name in self.taps:
+                pooled.append(self.pool(x))
+        return torch.cat(pooled, dim=1)

@@ -1,0 +1,37 @@
+"""The `graft` command. Imports nothing heavy before it knows what is asked for."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from graft import __version__
+
+HELP = f"""graft {__version__}: transfer learning with a pretrained backbone and a new head
+
+usage: graft COMMAND [ARGUMENTS]
+
+commands:
+  train [OVERRIDES] [-m]   compose a config, train, test the best checkpoint
+                           graft train                                    the embedded default
+                           graft train experiment=cifar10_linear_probe backbone=resnet18
+                           graft train -m optimizer.lr=0.01,0.1           a sweep
+                           graft train --help | --cfg job                 options, resolved config
+
+Everything about a run is in its folder under logs/; `tensorboard --logdir logs` compares runs.
+"""
+
+
+def main() -> None:
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help", "help"):
+        print(HELP, end="")
+    elif command == "--version":
+        print(__version__)
+    elif command == "train":
+        # Run as a module named __main__, so that Lightning starts further ranks of this very
+        # command (`python -m graft.train OVERRIDES`) and Hydra sees its arguments alone.
+        del sys.argv[1]
+        runpy.run_module("graft.train", run_name="__main__", alter_sys=True)
+    else:
+        sys.exit(f"graft: no command {command!r}; commands: train (see graft --help)")

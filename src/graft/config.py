@@ -1,0 +1,183 @@
+"""Finding, checking and explaining configs: everything that can be said before heavy imports."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_PACKAGED = Path(__file__).parent / "configs"  # in a wheel; a checkout has them at its top
+CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
+
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+POSITIVE_INT: Check = ("a whole number above 0", lambda v: _integer(v) and v > 0)
+NATURAL: Check = ("a whole number, 0 or more", lambda v: _integer(v) and v >= 0)
+POSITIVE: Check = ("a number above 0", lambda v: _number(v) and v > 0)
+NOT_NEGATIVE: Check = ("a number, 0 or more", lambda v: _number(v) and v >= 0)
+FRACTION: Check = ("a number above 0 and below 1", lambda v: _number(v) and 0 < v < 1)
+PART: Check = ("a number above 0 and at most 1", lambda v: _number(v) and 0 < v <= 1)
+BELOW_ONE: Check = ("a number of at least 0 and below 1", lambda v: _number(v) and 0 <= v < 1)
+PROBABILITY: Check = ("a probability from 0 to 1", lambda v: _number(v) and 0 <= v <= 1)
+BOOL: Check = ("true or false", lambda v: isinstance(v, bool))
+
+
+def _or_null(check: Check) -> Check:
+    return f"{check[0]}, or null", lambda v: v is None or check[1](v)
+
+
+def _one_of(*options: str) -> Check:
+    return f"one of {', '.join(options)}", lambda v: v in options
+
+
+# Values by key; `*` stands for one name. What is not listed is checked by whoever takes it.
+CHECKS: dict[str, Check] = {
+    "seed": NATURAL,
+    "label_smoothing": BELOW_ONE,
+    "data.batch_size": POSITIVE_INT,
+    "data.eval_batch_size": POSITIVE_INT,
+    "data.image_size": _or_null(POSITIVE_INT),
+    "data.resize_size": _or_null(POSITIVE_INT),
+    "data.val_fraction": FRACTION,
+    "data.test_fraction": FRACTION,
+    "data.split_seed": NATURAL,
+    "data.train_fraction": PART,
+    "data.shots_per_class": _or_null(POSITIVE_INT),
+    "data.drop_last": BOOL,
+    "data.num_workers": NATURAL,
+    "data.pin_memory": BOOL,
+    "data.augment.shift": BELOW_ONE,
+    "data.augment.flip": PROBABILITY,
+    "head.dropout": BELOW_ONE,
+    "head.norm": _one_of("none", "standardize", "batchnorm"),
+    "head.num_classes": _or_null(POSITIVE_INT),
+    "optimizer.lr": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.momentum": BELOW_ONE,
+    "scheduler.warmup": NOT_NEGATIVE,
+    "trainer.max_epochs": POSITIVE_INT,
+    "trainer.gradient_clip_val": _or_null(POSITIVE),
+    "trainer.accumulate_grad_batches": POSITIVE_INT,
+    "trainer.num_nodes": POSITIVE_INT,
+    "trainer.log_every_n_steps": POSITIVE_INT,
+    "transfer.stages.*.epochs": POSITIVE_INT,
+    "transfer.stages.*.norm": _one_of("train", "stats", "frozen"),
+    "transfer.stages.*.augment": BOOL,
+    "transfer.stages.*.lr": POSITIVE,
+    "transfer.stages.*.weight_decay": NOT_NEGATIVE,
+    "transfer.stages.*.layer_decay": POSITIVE,
+    "transfer.stages.*.head_lr_scale": POSITIVE,
+    "transfer.stages.*.decay_norm_and_bias": BOOL,
+    "transfer.stages.*.cache": _one_of("auto", "on", "off"),
+    "transfer.stages.*.cache_limit_gb": POSITIVE,
+}
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of plain dicts; lists are leaves."""
+    if not isinstance(node, dict):
+        yield prefix, node
+        return
+    for key, value in node.items():
+        yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def check(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain values.
+
+    Raises:
+        ValueError: a missing value, an interpolation that fails, or a value of the wrong kind.
+    """
+    try:
+        missing = OmegaConf.missing_keys(config)
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    if missing:
+        raise ValueError(f"no value for {', '.join(sorted(missing))}: give one as KEY=VALUE")
+    if not isinstance(plain, dict):
+        raise ValueError("the config is not a mapping")
+    patterns = [
+        (re.compile(re.escape(key).replace(r"\*", "[^.]+")), rule) for key, rule in CHECKS.items()
+    ]
+    for key, value in leaves(plain):
+        for pattern, (wanted, accepts) in patterns:
+            if pattern.fullmatch(key) and not accepts(value):
+                raise ValueError(f"{key}={value}: must be {wanted}")
+    if not plain["transfer"].get("stages"):
+        raise ValueError("transfer.stages is empty: a plan needs at least one stage")
+    return {str(key): value for key, value in plain.items()}
+
+
+def bind(config: dict[str, Any], **keywords: Any) -> Callable[..., Any]:
+    """The `_target_` of a config with its arguments, to be called."""
+    from hydra.utils import instantiate
+
+    return partial(instantiate({**config, "_partial_": True, "_convert_": "all"}), **keywords)
+
+
+def make(config: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+    """The object a config describes. `keywords` are passed as they are: Hydra's own `instantiate`
+    would turn a dataclass among them into a config.
+    """
+    return bind(config, **keywords)(*arguments)
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of Hydra or of ours, with close matches for a mistyped name."""
+    while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"no config key {match[1]}{_suggest(match[1], _known_keys())}"
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        available = sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+        return (
+            f"no config {group}={option}{_suggest(option, available)} "
+            f"(available: {', '.join(available)})"
+        )
+    if match := re.search(r"Could not override '?([\w/@]+)'?\. No match in the defaults", text):
+        return f"no config group {match[1]}"
+    if match := re.search(r"You must specify '([^']+)'", text):
+        return f"{match[1]}= must be given"
+    name = type(error).__name__
+    line = (
+        lines[0] if isinstance(error, ValueError | OSError | ArithmeticError) else " ".join(lines)
+    )
+    if isinstance(error, ValueError | ArithmeticError) or name.startswith(("Config", "Hydra")):
+        return line if not name.startswith("Override") else " ".join(lines[:2])
+    if isinstance(error, OSError):
+        return text.replace("\n", " ")
+    return f"{name}: {' '.join(lines[:3])}"
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def _known_keys() -> list[str]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        plain = OmegaConf.to_container(compose("train"), resolve=False)
+    return [key for key, _ in leaves(plain)]

@@ -1,0 +1,1 @@
+"""Data: sources of uint8 images, and what turns them into batches."""

@@ -1,0 +1,245 @@
+"""One LightningDataModule for every source: splits, subsets, loaders, batch transforms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from graft.backbones.base import Preprocessing
+from graft.data.batch_transforms import Augment, Prepare
+from graft.data.sampler import BatchOrder
+from graft.data.source import Source, Split
+from graft.data.subset import shots_per_class as draw_shots
+from graft.data.subset import stratified_fraction, stratified_split
+
+Batch = dict[str, Tensor]
+
+
+class ImageDataset(Dataset[Batch]):
+    """Chosen rows of a split, a batch by one indexing call: `dataset[list of positions]`.
+
+    Rows are looked up, not copied out: a subset of memory-mapped images stays on disk.
+    """
+
+    def __init__(self, split: Split, rows: np.ndarray | None = None) -> None:
+        self.images = split.images
+        self.rows = np.arange(len(split.labels)) if rows is None else rows
+        self.labels = split.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        return {
+            "image": torch.from_numpy(np.asarray(self.images[self.rows[positions]])),
+            "label": torch.from_numpy(self.labels[positions]),
+            "index": torch.as_tensor(positions),
+        }
+
+
+class FeatureDataset(Dataset[Batch]):
+    """The same positions and labels, with stored features in place of images."""
+
+    def __init__(self, features: Tensor, labels: np.ndarray) -> None:
+        self.features = features
+        self.labels = torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        index = torch.as_tensor(positions)
+        return {"features": self.features[index], "label": self.labels[index], "index": index}
+
+
+class TransferDataModule(L.LightningDataModule):
+    """CIFAR-10 or any other source, prepared as the backbone expects.
+
+    Args:
+        source: where images and labels come from.
+        preprocessing: the backbone's; `image_size`, `resize_size` override it.
+        image_size: side in px of the images the backbone gets. None takes the weights' own resize
+            and crop; a number resizes the whole image to it, without a crop.
+        resize_size: shorter side before the central crop, if other than `image_size`.
+        val_fraction: part of the training images held out for model selection, where the source
+            has no validation split of its own. Stratified and drawn with `split_seed`, never with
+            the run's seed. Likewise `test_fraction` where there is no test split.
+        train_fraction: keeps this part of the remaining training images, stratified.
+        shots_per_class: keeps this many training images of each class.
+        seed: the run's seed: order of the data and augmentation.
+        drop_last: leave out a smaller last training batch (the next epoch draws anew).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        image_size: int | None = None,
+        resize_size: int | None = None,
+        augment: Augment | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        train_fraction: float = 1.0,
+        shots_per_class: int | None = None,
+        drop_last: bool = True,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if train_fraction != 1.0 and shots_per_class is not None:
+            raise ValueError("data.train_fraction and data.shots_per_class exclude each other")
+        self.source = source
+        if image_size is not None or resize_size is not None:
+            crop = image_size or preprocessing.crop_size
+            resize = resize_size or crop
+            if resize < crop:
+                raise ValueError(f"data.resize_size={resize} is smaller than the image ({crop} px)")
+            preprocessing = dataclasses.replace(preprocessing, crop_size=crop, resize_size=resize)
+        self.preprocessing = preprocessing
+        self.prepare_images = Prepare(preprocessing)
+        self.augment = augment
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.split_seed = split_seed
+        self.train_fraction = train_fraction
+        self.shots_per_class = shots_per_class
+        self.drop_last = drop_last
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.seed = seed
+        self.stage_index = 0
+        self.stage_augments = True
+        self.features: Mapping[str, Tensor] = {}
+        self.splits: dict[str, ImageDataset] = {}
+        self.classes: list[str] = []
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def prepare_data(self) -> None:
+        self.source.prepare(self.preprocessing.resize_size)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.splits:
+            return
+        loaded = self.source.load(self.preprocessing.resize_size)
+        self.classes = loaded.classes
+        labels = loaded.train.labels
+        keep = np.arange(len(labels))
+        held_out: dict[str, ImageDataset] = {}
+        given = {"val": loaded.val, "test": loaded.test}
+        for offset, (name, fraction) in enumerate(
+            (("test", self.test_fraction), ("val", self.val_fraction))
+        ):
+            split = given[name]
+            if split is not None:
+                held_out[name] = ImageDataset(split)
+                continue
+            kept, drawn = stratified_split(labels[keep], fraction, self.split_seed + offset)
+            held_out[name] = ImageDataset(loaded.train, keep[drawn])
+            keep = keep[kept]
+        if self.shots_per_class is not None:
+            keep = keep[draw_shots(labels[keep], self.shots_per_class, self.split_seed)]
+        elif self.train_fraction != 1.0:
+            keep = keep[stratified_fraction(labels[keep], self.train_fraction, self.split_seed)]
+        if self.batch_size > len(keep):
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is larger than the {len(keep)} training "
+                f"images: set data.batch_size to {len(keep)} or less"
+            )
+        self.splits = {"train": ImageDataset(loaded.train, keep), **held_out}
+
+    def start_stage(self, index: int, *, augment: bool, features: Mapping[str, Tensor]) -> None:
+        """What differs between stages: the draw, augmentation, and stored features per split."""
+        self.stage_index = index
+        self.stage_augments = augment
+        self.features = features
+
+    def loader(self, split: str, *, train: bool) -> DataLoader[Batch]:
+        """This rank's batches of a split; `train` shuffles."""
+        dataset: Dataset[Batch] = self.splits[split]
+        if split in self.features:
+            dataset = FeatureDataset(self.features[split], self.splits[split].labels)
+        trainer = self.trainer
+        batches = BatchOrder(
+            len(self.splits[split]),
+            self.batch_size if train else self.eval_batch_size,
+            shuffle=train,
+            drop_last=train and self.drop_last,
+            seed=self.stage_seed,
+            epoch=lambda: trainer.current_epoch if trainer else 0,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+        )
+        if train and len(batches) == 0:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} on {batches.world_size} processes is larger "
+                f"than the {batches.size} training images"
+            )
+        return DataLoader(
+            dataset,
+            sampler=batches,
+            batch_size=None,  # the sampler yields whole batches
+            num_workers=0 if split in self.features else self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # iterating must not consume the global RNG
+        )
+
+    def full_loader(self, split: str) -> DataLoader[Batch]:
+        """All images of a split in order, on this process alone."""
+        return DataLoader(
+            self.splits[split],
+            sampler=BatchOrder(len(self.splits[split]), self.eval_batch_size),
+            batch_size=None,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+        )
+
+    @property
+    def stage_seed(self) -> int:
+        return self.seed + 1_000_003 * self.stage_index
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self.loader("train", train=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self.loader("val", train=False)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self.loader("test", train=False)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """uint8 images to normalised ones, on whatever device the batch is on by now."""
+        if "image" not in batch:
+            return batch
+        training = self.trainer is not None and self.trainer.training
+        return self.transform(batch, augment=training, epoch=self._epoch())
+
+    def _epoch(self) -> int:
+        return self.trainer.current_epoch if self.trainer is not None else 0
+
+    def transform(self, batch: Batch, *, augment: bool, epoch: int = 0) -> Batch:
+        """The batch with its images normalised; augmented first if the stage augments."""
+        images = batch["image"]
+        if augment and self.stage_augments and self.augment is not None:
+            images = self.augment(images, batch["index"], seed=self.stage_seed, epoch=epoch)
+        return {**batch, "image": self.prepare_images(images)}
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes for the start-up summary."""
+        return {name: len(split) for name, split in self.splits.items()}

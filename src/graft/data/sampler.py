@@ -1,0 +1,59 @@
+"""The order of the data, as a pure function of (seed, epoch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class BatchOrder(Sampler[list[int]]):
+    """Yields the positions of one batch at a time, for one rank of several.
+
+    Training (`shuffle=True`): every epoch is a permutation drawn from (seed, epoch) alone. Batch i
+    of all ranks together is what batch i of a single process with `world_size` times the batch
+    size would be. Ranks get equally many batches, the remainder is left to the next epoch's draw.
+
+    Evaluation: each example belongs to exactly one rank; nothing is padded, so that metrics over
+    all ranks are exact (padding counts examples twice).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        epoch: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.epoch = epoch
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        share = self._share()
+        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+
+    def _share(self) -> int:
+        if self.shuffle:
+            return self.size // self.world_size
+        return len(range(self.rank, self.size, self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Read when iteration starts, not when the loader is built: loaders outlive epochs.
+        order = np.arange(self.size)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch()]).permutation(self.size)
+        mine = order[self.rank :: self.world_size][: self._share()]
+        for i in range(len(self)):
+            yield mine[i * self.batch_size : (i + 1) * self.batch_size].tolist()

@@ -1,0 +1,160 @@
+"""TransferModule: a pretrained backbone, a new head, the loss and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from graft.backbones.base import Backbone
+from graft.data.datamodule import Batch
+from graft.heads import Head
+from graft.transfer.freeze import batch_norms, freeze_for_stage, learning_blocks, set_modes
+from graft.transfer.param_groups import param_groups
+from graft.transfer.stages import Stage
+
+
+class TransferModule(L.LightningModule):
+    """Backbone and head under one of the stages of a transfer plan.
+
+    Call `start_stage` before each `fit`: it decides what learns. Batches are dicts with "label"
+    and either "image" (N, 3, H, W) or "features" (stored outputs of the frozen prefix).
+
+    Args:
+        label_smoothing: of the training loss; validation and test report plain cross-entropy.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: Head, num_classes: int, *, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}: must be in [0, 1)")
+        self.backbone = backbone
+        self.head = head
+        self.label_smoothing = label_smoothing
+        if backbone.channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.metrics = nn.ModuleDict()
+        for split in ("val", "test"):
+            self.metrics[f"{split}/loss"] = MeanMetric(nan_strategy="disable")
+            self.metrics[f"{split}/acc"] = MulticlassAccuracy(num_classes, average="micro")
+        self.stage: Stage | None = None
+        self.learning: Sequence[str] = ()
+        self.cut = len(backbone.blocks)
+        self.checkpoint_note: dict[str, Any] = {}
+
+    def start_stage(self, stage: Stage) -> None:
+        """Freeze what the stage does not train; `cut` becomes the first learning block."""
+        self.stage = stage
+        self.learning = learning_blocks(self.backbone, stage.trainable)
+        self.cut = freeze_for_stage(self.backbone, self.learning, stage.norm)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TransferModule:
+        """As `nn.Module.train`, but what is frozen stays in eval whoever asks."""
+        super().train(mode)
+        if self.stage is not None and mode:
+            set_modes(self.backbone, self.learning, self.stage.norm)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) normalised images -> (N, num_classes) logits."""
+        return self.head(self.backbone(images))
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if "features" in batch:
+            return self.head(self.backbone.forward_from(self.cut, batch["features"]))
+        return self(batch["image"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(
+            self._logits(batch), batch["label"], label_smoothing=self.label_smoothing
+        )
+        self.train_loss.update(loss.detach())
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
+        self.log("train/loss_step", loss, batch_size=len(batch["label"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, split: str) -> None:
+        logits = self._logits(batch)
+        labels = batch["label"]
+        loss, acc = self.metrics[f"{split}/loss"], self.metrics[f"{split}/acc"]
+        loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        acc.update(logits, labels)
+        # Metric objects: exact over ranks with unequal shares, unlike a mean of means.
+        for name, metric in ((f"{split}/loss", loss), (f"{split}/acc", acc)):
+            self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
+
+    def on_validation_start(self) -> None:
+        self.sync_batch_norms()
+
+    def on_validation_epoch_end(self) -> None:
+        # Before any checkpoint is written: a broken model must not become the best one.
+        loss = self.metrics["val/loss"].compute()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the validation loss is {loss.item()} in epoch {self.current_epoch}: lower "
+                "optimizer.lr, add scheduler.warmup or set trainer.gradient_clip_val=1"
+            )
+
+    def sync_batch_norms(self) -> None:
+        """Average the BatchNorm statistics that move over ranks: one model for every rank.
+
+        DDP's own broadcast happens in every forward, also in evaluation, where ranks with unequal
+        numbers of batches would wait for each other for ever; it is switched off.
+        """
+        if self.trainer.world_size == 1 or self.stage is None:
+            return
+        moving = [self.head]
+        if self.stage.norm != "frozen":
+            moving += [getattr(self.backbone.blocks, name) for name in self.learning]
+        for norm in (norm for module in moving for norm in batch_norms(module)):
+            for buffer in (norm.running_mean, norm.running_var):
+                if buffer is not None:
+                    buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        stage = self.stage
+        if stage is None:
+            raise RuntimeError("call start_stage before fitting")
+        optimizer = stage.optimizer(self.stage_groups(), lr=stage.lr)
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(optimizer, lambda step: stage.schedule(step, total))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def stage_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the current stage, each with its own base learning rate."""
+        stage = self.stage
+        if stage is None:
+            raise RuntimeError("call start_stage before asking for parameter groups")
+        return param_groups(
+            self.backbone,
+            self.head,
+            lr=stage.lr,
+            weight_decay=stage.weight_decay,
+            layer_decay=stage.layer_decay,
+            head_lr_scale=stage.head_lr_scale,
+            decay_norm_and_bias=stage.decay_norm_and_bias,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain values only: modules, partials or configs would not load under weights_only=True.
+        checkpoint["graft"] = self.checkpoint_note

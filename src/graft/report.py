@@ -1,0 +1,97 @@
+"""What a person reads: the start-up summary, one line per epoch, the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from graft.data.datamodule import TransferDataModule
+from graft.module import TransferModule
+from graft.transfer.param_groups import describe_groups
+from graft.transfer.stages import Stage
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    console.print(text, markup=False)
+
+
+@rank_zero_only
+def print_start(
+    module: TransferModule, datamodule: TransferDataModule, device: str, run: Path
+) -> None:
+    backbone, p = module.backbone, datamodule.preprocessing
+    classes = datamodule.classes
+    names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    sizes = ", ".join(f"{size:,} {name}" for name, size in datamodule.describe().items())
+    crop = f", resized to {p.resize_size} and cropped" if p.resize_size != p.crop_size else ""
+    say(f"data      {sizes} images, {len(classes)} classes ({names})")
+    say(f"input     {p.crop_size} x {p.crop_size} px{crop}, normalised as the weights expect")
+    say(
+        f"backbone  {backbone.description or 'random weights'}: "
+        f"{_count(backbone):,} parameters, {len(backbone.blocks)} blocks, "
+        f"{backbone.num_features} features"
+    )
+    say(f"head      {type(module.head).__name__}: {_count(module.head):,} parameters")
+    say(f"device    {device}")
+    say(f"run       {run}")
+
+
+@rank_zero_only
+def print_stage(module: TransferModule, stage: Stage) -> None:
+    """The table of parameter groups: what learns, how fast."""
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    table = Table(title=f"stage {stage.name}: {stage.epochs} epochs", title_justify="left")
+    for column in ("group", "tensors", "parameters", "lr", "weight_decay"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    for row in describe_groups(module.stage_groups()):
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    if frozen:
+        table.add_row("frozen", "", f"{frozen:,}", "0", "", style="dim")
+    console.print(table)
+
+
+class EpochLines(L.Callback):
+    """One line per epoch: for output that goes to a file, where a progress bar is noise."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        parts = [
+            f"{name} {float(metrics[name]):.4f}"
+            for name in ("train/loss", "val/loss", "val/acc")
+            if name in metrics
+        ]
+        seconds = time.perf_counter() - self.started
+        say(
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  "
+            f"{'  '.join(parts)}  {seconds:.1f} s"
+        )
+
+
+def print_result(metrics: Mapping[str, Any], seconds: float, run: Path, logs: Path) -> None:
+    say("")
+    for name in ("val/acc", "test/acc"):
+        if name in metrics:
+            say(f"{name:<9} {100 * metrics[name]:.2f} %")
+    say(f"time      {seconds:.1f} s")
+    say(f"run       {run}")
+    say(f"compare   tensorboard --logdir {logs}")
+
+
+def _count(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())

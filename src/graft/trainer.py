@@ -1,0 +1,93 @@
+"""A Lightning Trainer for one stage, with a device and a precision that is fast on it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import DDPStrategy
+
+from graft.config import make
+from graft.report import EpochLines
+from graft.transfer.stages import Stage
+
+
+def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Resolve `auto` to a device and a precision.
+
+    Raises:
+        ValueError: a device that is not there, or a precision this device is slow at.
+    """
+    options = {key: value for key, value in config.items() if key != "max_epochs"}
+    if options["accelerator"] == "auto":
+        options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
+    if options["accelerator"] == "gpu" and not torch.cuda.is_available():
+        raise ValueError("trainer: no GPU found by torch; use trainer=cpu or trainer=auto")
+    on_cpu = options["accelerator"] == "cpu"
+    precision = str(options["precision"])
+    if precision == "auto":
+        fast = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16-mixed" if fast else "32-true"
+    elif on_cpu and precision.startswith("bf16") and (times := bf16_slowdown()) > 3:
+        raise ValueError(
+            f"trainer.precision={precision}: a convolution takes {times:.0f} times as long as in "
+            "float32 on this CPU; use trainer.precision=auto"
+        )
+    elif on_cpu and precision.startswith("16"):
+        raise ValueError(f"trainer.precision={precision} needs a GPU; use trainer.precision=auto")
+    options["precision"] = precision
+    if options["strategy"] == "ddp":
+        # Buffers: see TransferModule.sync_batch_norms.
+        options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return options
+
+
+def bf16_slowdown() -> float:
+    """Time of a small convolution, forward and backward, in bf16 relative to float32.
+
+    Measured, because flags of the CPU don't tell: some that have the instructions lack the kernels.
+    """
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = torch.nn.Conv2d(32, 32, 3, padding=1).to(dtype)
+        images = torch.randn(8, 32, 16, 16, dtype=dtype)
+        seconds = []
+        for _ in range(6):  # the first also chooses a kernel; others may be disturbed
+            started = time.perf_counter()
+            layer(images).sum().backward()
+            seconds.append(time.perf_counter() - started)
+        fastest[dtype] = min(seconds)
+    return fastest[torch.bfloat16] / fastest[torch.float32]
+
+
+def make_trainer(
+    stage: Stage,
+    needed: Sequence[L.Callback],
+    *,
+    options: dict[str, Any],
+    callbacks: dict[str, Any],
+    loggers: list[Logger],
+) -> L.Trainer:
+    """The Trainer of one stage: `needed` callbacks first, then those of the config."""
+    terminal = sys.stdout.isatty()
+    chosen = [*needed, *(make(c) for c in callbacks.values() if c)]
+    chosen.append(RichProgressBar(leave=True) if terminal else EpochLines())
+    if loggers:
+        chosen.append(LearningRateMonitor(logging_interval="step"))
+    return L.Trainer(
+        **options,
+        max_epochs=stage.epochs,
+        callbacks=chosen,
+        logger=loggers or False,
+        enable_progress_bar=terminal,
+        enable_model_summary=False,
+        enable_checkpointing=bool(needed),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the datamodule's order already knows the ranks
+    )

@@ -1,0 +1,128 @@
+"""What tests share: composing real configs, and small models and data that train in a second."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from graft.config import CONFIGS, check
+from graft.module import TransferModule
+
+# A run of a second: made-up images, a narrow ResNet from scratch.
+TINY = [
+    "data=synthetic",
+    "data.source.per_class=12",
+    "data.source.classes=4",
+    "data.batch_size=8",
+    "backbone.depth=8",
+    "backbone.width=4",
+    "backbone.weights=null",
+    "trainer=cpu",
+    "trainer.max_epochs=1",
+    "logger=csv",
+]
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Tests run side by side: two threads each would fight for two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_LOGS", str(tmp_path / "logs"))
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GRAFT_DATA", str(tmp_path / "data"))
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    """The resolved config of `graft train OVERRIDES`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return check(hydra_compose("train", list(overrides)))
+
+
+Graft = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture()
+def graft(tmp_path: Path) -> Graft:
+    """`graft("train", ...)`: the real command in a process of its own, in an empty folder."""
+
+    def call(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "graft", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return call
+
+
+@pytest.fixture()
+def image_folders(tmp_path: Path) -> Path:
+    """train/ and test/ class folders of small JPEG images that differ by class."""
+    root = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for brightness, name in ((60, "dark"), (120, "grey"), (190, "light")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(brightness, 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return root
+
+
+@dataclass
+class Trained:
+    """What a test looks at after a run."""
+
+    metrics: dict[str, float]
+    module: TransferModule
+    folder: Path
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {k: v.clone() for k, v in self.module.state_dict().items()}
+
+
+Train = Callable[..., Trained]
+
+
+@pytest.fixture()
+def train_tiny(tmp_path: Path) -> Train:
+    """`train_tiny("transfer=linear_probe", ...)`: a run of a second in this process."""
+
+    def call(*overrides: str) -> Trained:
+        from graft.runs.folder import RunFolder
+        from graft.train import quiet_libraries, train
+
+        quiet_libraries()
+        config = compose(*TINY, *overrides)
+        folder = RunFolder.create(tmp_path / "logs", "run", config, overrides)
+        metrics, module = train(config, folder)
+        return Trained(metrics, module, folder.path)
+
+    return call
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit, keys included."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,57 @@
+"""Order of the data over epochs and ranks."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from graft.data.sampler import BatchOrder
+
+
+def order(**kwargs: object) -> list[list[int]]:
+    return list(BatchOrder(**kwargs))  # type: ignore[arg-type]
+
+
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch() -> None:
+    def epoch(seed: int, number: int) -> list[list[int]]:
+        return order(size=10, batch_size=3, shuffle=True, seed=seed, epoch=lambda: number)
+
+    assert sorted(chain(*epoch(0, 0))) == list(range(10))
+    assert epoch(0, 0) == epoch(0, 0)
+    assert epoch(0, 0) != epoch(0, 1)
+    assert epoch(0, 0) != epoch(1, 0)
+
+
+def test_the_epoch_is_asked_for_when_iteration_starts() -> None:
+    """Loaders outlive epochs: an order drawn at construction would repeat for ever."""
+    now = [0]
+    sampler = BatchOrder(100, 10, shuffle=True, epoch=lambda: now[0])
+    first = list(sampler)
+    now[0] = 1
+    assert list(sampler) != first
+
+
+def test_batch_i_of_two_ranks_is_batch_i_of_one_process_with_twice_the_size() -> None:
+    kwargs = {"size": 25, "shuffle": True, "seed": 4, "drop_last": True}
+    single = order(batch_size=8, **kwargs)
+    ranks = [order(batch_size=4, rank=r, world_size=2, **kwargs) for r in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(b) for b in single]
+
+
+def test_training_ranks_get_equally_many_batches() -> None:
+    lengths = {
+        len(order(size=23, batch_size=4, shuffle=True, rank=r, world_size=3)) for r in range(3)
+    }
+    assert lengths == {2}
+
+
+def test_evaluation_sees_each_example_once_over_uneven_ranks() -> None:
+    """A padded sampler would repeat examples, and count them twice in the accuracy."""
+    ranks = [order(size=11, batch_size=2, rank=r, world_size=3) for r in range(3)]
+    assert sorted(chain(*(chain(*rank) for rank in ranks))) == list(range(11))
+
+
+def test_length_is_what_iteration_yields() -> None:
+    for size in (1, 7, 8, 9):
+        for drop_last in (False, True):
+            sampler = BatchOrder(size, 4, shuffle=True, drop_last=drop_last)
+            assert len(sampler) == len(list(sampler)) == (size // 4 if drop_last else -(-size // 4))
