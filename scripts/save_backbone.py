@@ -1,4 +1,4 @@
-"""Backbone of a run's best checkpoint as safetensors: `save_backbone.py RUN_FOLDER OUT.safetensors`.
+"""Backbone of a run's best checkpoint as safetensors: `save_backbone.py RUN OUT.safetensors`.
 
 The file loads as `backbone.weights=OUT.safetensors`. It is how the weights that travel with this
 package were written.

@@ -60,7 +60,7 @@ def compose(*overrides: str) -> dict[str, Any]:
 Graft = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def graft(tmp_path: Path) -> Graft:
     """`graft("train", ...)`: the real command in a process of its own, in an empty folder."""
 
@@ -76,7 +76,7 @@ def graft(tmp_path: Path) -> Graft:
     return call
 
 
-@pytest.fixture()
+@pytest.fixture
 def image_folders(tmp_path: Path) -> Path:
     """train/ and test/ class folders of small JPEG images that differ by class."""
     root = tmp_path / "images"
@@ -106,7 +106,7 @@ class Trained:
 Train = Callable[..., Trained]
 
 
-@pytest.fixture()
+@pytest.fixture
 def train_tiny(tmp_path: Path) -> Train:
     """`train_tiny("transfer=linear_probe", ...)`: a run of a second in this process."""
 

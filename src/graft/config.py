@@ -103,13 +103,12 @@ def check(config: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: a missing value, an interpolation that fails, or a value of the wrong kind.
     """
+    if missing := OmegaConf.missing_keys(config):
+        raise ValueError(f"no value for {', '.join(sorted(missing))}: give one as KEY=VALUE")
     try:
-        missing = OmegaConf.missing_keys(config)
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    if missing:
-        raise ValueError(f"no value for {', '.join(sorted(missing))}: give one as KEY=VALUE")
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     if not isinstance(plain, dict):
         raise ValueError("the config is not a mapping")
     patterns = [
@@ -141,7 +140,7 @@ def make(config: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
 def explain(error: BaseException) -> str:
     """One line for an error of Hydra or of ours, with close matches for a mistyped name."""
     while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
-        error = error.__cause__
+        error = error.__cause__  # what the class itself said
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -155,8 +154,10 @@ def explain(error: BaseException) -> str:
         )
     if match := re.search(r"Could not override '?([\w/@]+)'?\. No match in the defaults", text):
         return f"no config group {match[1]}"
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"no value for {match[1]}: give one as {match[1]}=VALUE"
     if match := re.search(r"You must specify '([^']+)'", text):
-        return f"{match[1]}= must be given"
+        return f"nothing chosen for {match[1]}: give one as {match[1]}=NAME"
     name = type(error).__name__
     line = (
         lines[0] if isinstance(error, ValueError | OSError | ArithmeticError) else " ".join(lines)
@@ -180,4 +181,5 @@ def _known_keys() -> list[str]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         plain = OmegaConf.to_container(compose("train"), resolve=False)
-    return [key for key, _ in leaves(plain)]
+    keys = [key for key, _ in leaves(plain)]
+    return sorted({*keys, *(key.split(".")[0] for key in keys), "experiment", "debug"})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -55,7 +57,7 @@ class Head(nn.Module, ABC):
         self, num_features: int, *, norm: FeatureNorm = "none", dropout: float = 0.0
     ) -> None:
         super().__init__()
-        norms = {
+        norms: dict[str, Callable[[], nn.Module]] = {
             "none": nn.Identity,
             "standardize": lambda: Standardize(num_features),
             "batchnorm": lambda: nn.BatchNorm1d(num_features, affine=False),
@@ -109,7 +111,7 @@ class MLPHead(Head):
         super().__init__(num_features, norm=norm, dropout=dropout)
         widths = [num_features, *[hidden] * layers]
         modules: list[nn.Module] = []
-        for width, following in zip(widths, widths[1:], strict=False):
+        for width, following in pairwise(widths):
             modules += [nn.Linear(width, following), nn.ReLU(inplace=True), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*modules, nn.Linear(widths[-1], num_classes))
 

@@ -8,9 +8,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from graft.backbones.base import Backbone
@@ -43,10 +44,10 @@ class TransferModule(L.LightningModule):
         if backbone.channels_last:
             self.backbone.to(memory_format=torch.channels_last)
         self.train_loss = MeanMetric(nan_strategy="disable")
-        self.metrics = nn.ModuleDict()
-        for split in ("val", "test"):
-            self.metrics[f"{split}/loss"] = MeanMetric(nan_strategy="disable")
-            self.metrics[f"{split}/acc"] = MulticlassAccuracy(num_classes, average="micro")
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        self.val_acc, self.test_acc = (
+            MulticlassAccuracy(num_classes, average="micro") for _ in range(2)
+        )
         self.stage: Stage | None = None
         self.learning: Sequence[str] = ()
         self.cut = len(backbone.blocks)
@@ -85,19 +86,18 @@ class TransferModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", self.val_loss, self.val_acc)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", self.test_loss, self.test_acc)
 
-    def _evaluate(self, batch: Batch, split: str) -> None:
+    def _evaluate(self, batch: Batch, split: str, loss: Metric, accuracy: Metric) -> None:
         logits = self._logits(batch)
         labels = batch["label"]
-        loss, acc = self.metrics[f"{split}/loss"], self.metrics[f"{split}/acc"]
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
-        acc.update(logits, labels)
+        accuracy.update(logits, labels)
         # Metric objects: exact over ranks with unequal shares, unlike a mean of means.
-        for name, metric in ((f"{split}/loss", loss), (f"{split}/acc", acc)):
+        for name, metric in ((f"{split}/loss", loss), (f"{split}/acc", accuracy)):
             self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
 
     def on_validation_start(self) -> None:
@@ -105,7 +105,7 @@ class TransferModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Before any checkpoint is written: a broken model must not become the best one.
-        loss = self.metrics["val/loss"].compute()
+        loss = self.val_loss.compute()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the validation loss is {loss.item()} in epoch {self.current_epoch}: lower "
@@ -120,15 +120,15 @@ class TransferModule(L.LightningModule):
         """
         if self.trainer.world_size == 1 or self.stage is None:
             return
-        moving = [self.head]
+        moving: list[nn.Module] = [self.head]
         if self.stage.norm != "frozen":
-            moving += [getattr(self.backbone.blocks, name) for name in self.learning]
+            moving += [self.backbone.blocks.get_submodule(name) for name in self.learning]
         for norm in (norm for module in moving for norm in batch_norms(module)):
             for buffer in (norm.running_mean, norm.running_var):
                 if buffer is not None:
                     buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         stage = self.stage
         if stage is None:
             raise RuntimeError("call start_stage before fitting")

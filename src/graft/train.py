@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from graft.config import CONFIGS, bind, check, explain, make
@@ -24,19 +25,31 @@ if TYPE_CHECKING:
     from graft.runs.folder import RunFolder
     from graft.transfer.stages import Stage
 
+failures: list[str] = []  # of the jobs of this process: a job that fails does not end a sweep
+
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(config: DictConfig) -> float:
     """One job. Returns the best validation accuracy, which is what a sweep optimises."""
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        return job(config, overrides)
+    except Exception as error:
+        if "GRAFT_SHORT_ERRORS" not in os.environ:
+            raise
+        failures.append(explain(error))
+        print(f"graft: error: {failures[-1]}", file=sys.stderr)
+        return float("nan")
+
+
+def job(config: DictConfig, overrides: list[str]) -> float:
     plain = check(config)  # before torch is imported
-    job = HydraConfig.get()
+    hydra_config = HydraConfig.get()
     parent = Path(plain["paths"]["logs"])
-    if job.mode == hydra.types.RunMode.MULTIRUN:
-        parent = Path(job.sweep.dir)
-    metrics = run(
-        plain, list(job.overrides.task), job.runtime.choices.get("experiment"), parent=parent
-    )
-    return metrics["val/acc"]
+    if hydra_config.mode == RunMode.MULTIRUN:
+        parent = Path(hydra_config.sweep.dir)
+    experiment = hydra_config.runtime.choices.get("experiment")
+    return run(plain, overrides, experiment, parent=parent)["val/acc"]
 
 
 def run(
@@ -58,7 +71,7 @@ def run(
     quiet_libraries()
     folder = None
     parent = parent or Path(config["paths"]["logs"])
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         name = run_name(experiment, overrides, config["seed"])
         folder = RunFolder.create(parent, name, config, overrides)
     started = time.perf_counter()
@@ -91,6 +104,7 @@ def train(
     """
     import lightning as L
     import torch
+
     from graft import report
     from graft.trainer import make_trainer, trainer_options
     from graft.transfer.stages import run_stages
@@ -190,13 +204,14 @@ def describe_device(options: dict[str, Any]) -> str:
 
 def quiet_libraries() -> None:
     """Silence what a user can do nothing about; everything else stays."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.accelerators").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
         ".*does not have many workers.*",  # batches are one indexing call: workers cost time here
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",
+        ".*`broadcast_buffers` is deprecated.*",  # its replacement is not in torch 2.11
         ".*The number of training batches .* is smaller than the logging interval.*",
         ".*module.s. in eval mode at the start of training.*",  # frozen blocks are meant to be
     ):
@@ -205,16 +220,17 @@ def quiet_libraries() -> None:
 
 def entry() -> None:
     """The Hydra app, with errors in one line and an exit code that is not zero."""
-    debug = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing several lines
+    if os.environ.get("HYDRA_FULL_ERROR") != "1":  # the user's own 1 shows all of a traceback
+        os.environ |= {"HYDRA_FULL_ERROR": "1", "GRAFT_SHORT_ERRORS": "1"}  # Hydra then raises
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if debug:
+        if "GRAFT_SHORT_ERRORS" not in os.environ:
             raise
-        print(f"graft: error: {explain(error)}", file=sys.stderr)
+        sys.exit(f"graft: error: {explain(error)}")
+    if failures:
         sys.exit(1)
 
 

@@ -42,9 +42,6 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
     elif on_cpu and precision.startswith("16"):
         raise ValueError(f"trainer.precision={precision} needs a GPU; use trainer.precision=auto")
     options["precision"] = precision
-    if options["strategy"] == "ddp":
-        # Buffers: see TransferModule.sync_batch_norms.
-        options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     return options
 
 
@@ -80,6 +77,10 @@ def make_trainer(
     chosen.append(RichProgressBar(leave=True) if terminal else EpochLines())
     if loggers:
         chosen.append(LearningRateMonitor(logging_interval="step"))
+    if options["strategy"] == "ddp":
+        # Buffers: see TransferModule.sync_batch_norms.
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        options = {**options, "strategy": strategy}
     return L.Trainer(
         **options,
         max_epochs=stage.epochs,

@@ -12,7 +12,7 @@ from graft.heads import CosineHead, Head, LinearHead, MLPHead, Standardize
 @pytest.mark.parametrize("norm", ["none", "standardize", "batchnorm"])
 def test_heads_map_features_to_logits_and_learn(kind: type[Head], norm: str) -> None:
     torch.manual_seed(0)
-    head = kind(6, 3, norm=norm)  # type: ignore[arg-type]
+    head = kind(6, 3, norm=norm)  # type: ignore[misc, arg-type]
     labels = torch.arange(60) % 3
     features = torch.eye(6)[labels] + 0.1 * torch.randn(60, 6)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
@@ -57,5 +57,5 @@ def test_cosine_logits_do_not_depend_on_the_length_of_features() -> None:
 
 
 def test_an_unknown_normalisation_is_refused() -> None:
-    with pytest.raises(ValueError, match="head.norm=layer: must be one of"):
+    with pytest.raises(ValueError, match=r"head\.norm=layer: must be one of"):
         LinearHead(3, 2, norm="layer")  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def test_frozen_parts_are_in_eval_whoever_calls_train() -> None:
     assert modes == {
         "stem": False, "stage1_1": False, "stage2_1": False, "stage3_1": True, "pool": True
     }  # fmt: skip
-    assert not any(m.training for m in module.backbone.blocks.stem.modules())
+    assert not any(m.training for m in module.backbone.blocks.get_submodule("stem").modules())
 
 
 def test_what_learns_moves_and_what_does_not_stays(train_tiny: Train) -> None:
@@ -128,22 +128,16 @@ def test_splits_are_disjoint_and_do_not_move_with_the_seed() -> None:
 
 def test_fitting_never_looks_at_the_test_split(train_tiny: Train, monkeypatch: Any) -> None:
     """Rule 6: the test split is opened after the last stage has ended, and not before."""
-    events = []
-    loader = TransferDataModule.loader
-    full = TransferDataModule.full_loader
-    monkeypatch.setattr(
-        TransferDataModule,
-        "loader",
-        lambda self, split, train: (events.append(split), loader(self, split, train=train))[1],
-    )
-    monkeypatch.setattr(
-        TransferDataModule,
-        "full_loader",
-        lambda self, split: (events.append(split), full(self, split))[1],
-    )
-    monkeypatch.setattr(
-        TransferModule, "on_fit_end", lambda self: events.append("end of fit"), raising=False
-    )
+    events: list[str] = []
+    for name in ("loader", "full_loader"):
+        original = getattr(TransferDataModule, name)
+
+        def recorded(self: Any, split: str, original: Any = original, **kwargs: Any) -> Any:
+            events.append(split)
+            return original(self, split, **kwargs)
+
+        monkeypatch.setattr(TransferDataModule, name, recorded)
+    monkeypatch.setattr(TransferModule, "on_fit_end", lambda self: events.append("end of fit"))
     train_tiny("transfer=linear_probe", "trainer.max_epochs=2")
     assert events.index("test") > events.index("end of fit")
     assert events.count("test") == 1

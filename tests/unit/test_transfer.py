@@ -19,7 +19,7 @@ from graft.transfer.freeze import (
 from graft.transfer.param_groups import describe_groups, param_groups
 
 
-@pytest.fixture()
+@pytest.fixture
 def backbone() -> Backbone:
     return resnet_cifar(depth=8, width=4, weights=None)
 
@@ -78,9 +78,10 @@ def test_batchnorm_policies(
         if k in before and not torch.equal(v, before[k])
     }
     assert moved == ({"stage3_1"} if statistics_move else set())
-    for module in batch_norms(backbone.blocks.stage3_1):
+    block = backbone.blocks.get_submodule("stage3_1")
+    for module in batch_norms(block):
         assert module.weight.requires_grad is affine_learns
-    assert backbone.blocks.stage3_1.conv1.weight.requires_grad
+    assert block.get_parameter("conv1.weight").requires_grad
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(backbone: Backbone) -> None:
@@ -93,7 +94,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(backbone: Backbone) -
 
 
 def test_equal_tensors_are_all_kept() -> None:
-    """Compared by identity: BatchNorm weights all start as the same ones (BaseFinetuning drops them)."""
+    """Compared by identity: all BatchNorm weights start as ones (BaseFinetuning drops them)."""
     backbone = resnet_cifar(depth=8, width=4, weights=None)
     rows = describe_groups(param_groups(backbone, LinearHead(16, 3), lr=0.1, weight_decay=0.0))
     assert (
@@ -111,7 +112,7 @@ def test_no_weight_decay_on_norms_and_biases_unless_asked(backbone: Backbone) ->
 
 
 def test_layer_decay_changes_the_step_itself(backbone: Backbone) -> None:
-    """With equal gradients, SGD's updates have the ratios asked for (an `lr_scale` key has none)."""
+    """With equal gradients, updates have the ratios asked for (an `lr_scale` key has no effect)."""
     head = LinearHead(16, 3)
     groups = param_groups(
         backbone, head, lr=0.1, weight_decay=0.0, layer_decay=0.5, head_lr_scale=4.0

@@ -1,4 +1,4 @@
-"""ResNet for 32x32 images (He et al. 2016, section 4.2): the embedded default, 0.27 M parameters."""
+"""ResNet for 32x32 images (He et al. 2016, section 4.2): the embedded default, 0.27 M weights."""
 
 from __future__ import annotations
 

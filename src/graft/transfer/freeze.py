@@ -72,5 +72,5 @@ def set_modes(backbone: Backbone, learning: Sequence[str], norm: NormPolicy) -> 
                 module.eval()
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [m for m in module.modules() if isinstance(m, _BatchNorm)]

@@ -38,7 +38,7 @@ def param_groups(
         names = backbone.learnable_blocks
         for depth, name in enumerate(names):
             rate = lr * layer_decay ** (len(names) - depth)
-            parts.append((name, getattr(backbone.blocks, name), rate))
+            parts.append((name, backbone.blocks.get_submodule(name), rate))
     parts.append(("head", head, lr * head_lr_scale))
 
     groups = []

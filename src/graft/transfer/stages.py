@@ -103,9 +103,12 @@ def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
 
     Two callbacks, because `save_last=True` beside a monitor writes only when the best improves.
     """
-    names = {"auto_insert_metric_name": False, "enable_version_counter": False}
-    best = ModelCheckpoint(folder, filename="best", monitor="val/acc", mode="max", **names)
-    return best, ModelCheckpoint(folder, filename="last", **names)
+    return (
+        ModelCheckpoint(
+            folder, "best", monitor="val/acc", mode="max", enable_version_counter=False
+        ),
+        ModelCheckpoint(folder, "last", enable_version_counter=False),
+    )
 
 
 class StartStage(L.Callback):
