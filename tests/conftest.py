@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
+from graft import cli
 from graft.config import CONFIGS, check
 from graft.module import TransferModule
 
@@ -61,8 +65,34 @@ Graft = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def graft(tmp_path: Path) -> Graft:
-    """`graft("train", ...)`: the real command in a process of its own, in an empty folder."""
+def graft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Graft:
+    """`graft("train", ...)`: the real command, in an empty folder, without a process of its own."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["graft", *arguments])
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            with mock.patch.dict(os.environ):  # what the command sets must not outlive it
+                cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def graft_process(tmp_path: Path) -> Graft:
+    """The same in a process of its own."""
 
     def call(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

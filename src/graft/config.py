@@ -111,11 +111,11 @@ def check(config: DictConfig) -> dict[str, Any]:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     if not isinstance(plain, dict):
         raise ValueError("the config is not a mapping")
-    patterns = [
-        (re.compile(re.escape(key).replace(r"\*", "[^.]+")), rule) for key, rule in CHECKS.items()
-    ]
-    for key, value in leaves(plain):
-        for pattern, (wanted, accepts) in patterns:
+    values = list(leaves(plain))
+    # In the order of the checks: the key a user sets comes before those that point to it.
+    for name, (wanted, accepts) in CHECKS.items():
+        pattern = re.compile(re.escape(name).replace(r"\*", "[^.]+"))
+        for key, value in values:
             if pattern.fullmatch(key) and not accepts(value):
                 raise ValueError(f"{key}={value}: must be {wanted}")
     if not plain["transfer"].get("stages"):

@@ -32,15 +32,43 @@ def pool_nchw(x: Tensor) -> Tensor:
     return x.mean((2, 3)) if x.ndim == 4 else x
 
 
+def pool_nhwc(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, C); anything already flat passes through."""
+    return x.mean((1, 2)) if x.ndim == 4 else x
+
+
+def pool_tokens(x: Tensor) -> Tensor:
+    """(N, T, C) -> (N, C), over all tokens: a class token says little in the first layers."""
+    return x.mean(1) if x.ndim == 3 else x
+
+
+class FixedSize(nn.Module):
+    """Passes images through, of one size only: position embeddings are made for it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[2:] != (self.size, self.size):
+            height, width = images.shape[2:]
+            raise ValueError(
+                f"this backbone takes {self.size} x {self.size} px images, not {height} x {width}: "
+                f"set data.image_size={self.size}"
+            )
+        return images
+
+
 class Backbone(nn.Module):
     """Blocks in order, input to output; `forward` is their composition.
 
     Args:
         blocks: name -> module. The last one ends in pooled features (N, F).
         preprocessing: what the images must look like.
-        taps: names of blocks whose pooled outputs are concatenated into the features, or "all";
-            None takes the last block's output alone. Taps give a linear probe the earlier
-            blocks too, for the same forward pass.
+        taps: names of blocks whose pooled outputs are concatenated into the features, or "all"
+            that hold parameters (a bare pooling would repeat the block before it); None takes the
+            last block's output alone. Taps give a linear probe the earlier blocks too, for the
+            same forward pass.
         pool: turns a block's output into (N, C); differs for token and channels-last families.
         channels_last: whether that memory format is the fast one here (convolutions).
         probe_size: side in px of the blank image that measures `num_features`.
@@ -90,7 +118,7 @@ class Backbone(nn.Module):
         if taps is None:
             return None
         if isinstance(taps, str):
-            taps = self.block_names if taps == "all" else [taps]
+            taps = self.learnable_blocks if taps == "all" else [taps]
         unknown = [name for name in taps if name not in self.block_names]
         if unknown or not taps:
             raise ValueError(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+
+
+def is_file_name(weights: str | Path) -> bool:
+    """Whether `weights` means a file, rather than a name in a library."""
+    return Path(weights).suffix in SUFFIXES
+
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """State dict of a `.safetensors`, `.pth`/`.pt` or Lightning `.ckpt` file, on the CPU."""
+    path = path.expanduser()  # no shell does it in backbone.weights=~/...
     if not path.is_file():
         raise FileNotFoundError(f"weights: no file {path}")
     try:
@@ -19,7 +28,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"weights: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"weights: {path} cannot be read: {reason}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
         prefix = "backbone."
@@ -31,42 +41,53 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(
-    module: nn.Module, path: str | Path, *, ignore_missing: tuple[str, ...] = (), label: str = ""
+    module: nn.Module, path: str | Path, *, optional: tuple[str, ...] = (), label: str = ""
 ) -> None:
-    """Load a weights file into `module`, every key and shape accounted for.
+    """`load_state` from a file."""
+    load_state(module, read_weights(Path(path)), source=path, optional=optional, label=label)
+
+
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str | Path,
+    optional: tuple[str, ...] = (),
+    label: str = "",
+) -> None:
+    """Load a state dict into `module`, every key and shape accounted for.
 
     Args:
-        ignore_missing: prefixes of keys that may be absent from the file or of another shape
-            (the classifier of another number of classes); they keep their initial values.
+        source: where the state comes from, for the error message.
+        optional: prefixes of keys that may be absent, superfluous or of another shape (the
+            classifier); where they don't fit, `module` keeps its initial values.
         label: name of the architecture for the error message.
 
     Raises:
         ValueError: keys or shapes differ; the message names the first of them.
     """
-    path = Path(path)
-    state = read_weights(path)
     own = module.state_dict()
-    optional = {key for key in own if key.startswith(ignore_missing)} if ignore_missing else set()
-    missing = [key for key in own if key not in state and key not in optional]
+    # As in torch itself: files older than this counter of BatchNorm fit, and it changes nothing.
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
-        if key in state and state[key].shape != own[key].shape and key not in optional
+        if key in state and state[key].shape != own[key].shape
     ]
-    differences = [
-        f"{len(items)} {what} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
-        for what, items in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
-        if items
-    ]
+    differences = []
+    for keys, what in (
+        (missing, "missing"),
+        (unexpected, "unexpected"),
+        (shapes, "of another shape"),
+    ):
+        if wrong := [key for key in keys if not (optional and key.startswith(optional))]:
+            more = ", ..." if len(wrong) > 3 else ""
+            differences.append(f"{len(wrong)} {what} ({', '.join(wrong[:3])}{more})")
     if differences:
         name = f" {label}" if label else ""
         raise ValueError(
-            f"weights: {path} does not fit the architecture{name}: {'; '.join(differences)}"
+            f"weights: {source} does not fit the architecture{name}: {'; '.join(differences)}"
         )
-    usable = {k: v for k, v in state.items() if v.shape == own[k].shape}
+    usable = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     module.load_state_dict({**own, **usable})

@@ -1,0 +1,152 @@
+"""Bad input gives one clear line and a non-zero exit, before any long work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import TINY, Graft
+
+
+def error(graft: Graft, *overrides: str) -> str:
+    """The one line that `graft train` ends with."""
+    done = graft("train", *overrides)
+    assert done.returncode != 0, done.stdout
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("graft: error: ")
+    assert "Traceback" not in done.stderr
+    return lines[0].removeprefix("graft: error: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("experiment=quickstrt", "no config experiment=quickstrt: did you mean quickstart?"),
+        ("backbone=resnet5", "no config backbone=resnet5: did you mean resnet"),
+        ("dat=digits", "no config key dat: did you mean data?"),
+        ("data.bathc_size=3", "no config key data.bathc_size: did you mean data.batch_size"),
+        ("data.batch_size=abc", "data.batch_size=abc: must be a whole number above 0"),
+        ("data.batch_size=1.5", "data.batch_size=1.5: must be a whole number above 0"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: must be a number above 0"),
+        ("trainer.max_epochs=ten", "trainer.max_epochs=ten: must be a whole number above 0"),
+        ("transfer.stages.finetune.norm=off", "transfer.stages.finetune.norm=off: must be one"),
+        ("data=image_folder", "no value for data.root: give one as data.root=VALUE"),
+    ],
+)
+def test_errors_in_the_config_are_found_before_heavy_imports(
+    graft_process: Graft,
+    override: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert error(graft_process, override).startswith(message)
+
+
+def test_an_unknown_command_is_named(graft: Graft) -> None:
+    done = graft("trian")
+    assert done.returncode != 0
+    assert done.stderr.startswith("graft: no command 'trian'")
+
+
+def test_a_batch_larger_than_the_data(graft: Graft) -> None:
+    message = error(graft, *TINY, "data.batch_size=500")
+    assert message.startswith("data.batch_size=500 is larger than the 44 training images")
+
+
+def test_a_head_of_another_number_of_classes(graft: Graft) -> None:
+    assert "head.num_classes=7, but the data has 4 classes" in error(
+        graft, *TINY, "head.num_classes=7"
+    )
+
+
+def test_weights_of_another_architecture_name_the_keys_that_differ(
+    graft: Graft, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.pth"
+    torch.save({"layer1.weight": torch.zeros(3)}, path)
+    message = error(graft, *TINY, f"backbone.weights={path}")
+    assert "does not fit" in message
+    assert "blocks.stem.conv.weight" in message
+    assert "layer1.weight" in message
+
+
+def folder_error(graft: Graft, root: Path, *overrides: str) -> str:
+    return error(graft, *TINY[3:], "data=image_folder", f"data.root={root}", *overrides)
+
+
+def test_no_data_folder_an_empty_one_and_one_class(graft: Graft, tmp_path: Path) -> None:
+    assert "no such folder" in folder_error(graft, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in folder_error(graft, tmp_path / "empty")
+    only = tmp_path / "one" / "train" / "cats"
+    only.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(only / "a.png")
+    assert "class" in folder_error(graft, tmp_path / "one")
+
+
+def test_a_test_class_that_is_not_in_train(graft: Graft, image_folders: Path) -> None:
+    (image_folders / "test" / "dark").rename(image_folders / "test" / "unknown")
+    assert "unknown" in folder_error(graft, image_folders)
+
+
+def test_a_truncated_image_is_named_and_can_be_skipped(graft: Graft, image_folders: Path) -> None:
+    broken = image_folders / "train" / "grey" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    message = folder_error(graft, image_folders)
+    assert "1 of 78" in message
+    assert str(broken.relative_to(image_folders)) in message
+    assert "data.source.on_error=skip" in message
+    done = graft(
+        "train", *TINY[3:], "data=image_folder", f"data.root={image_folders}",
+        "data.source.on_error=skip", "data.batch_size=8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "53 train, 18 test, 6 val" in done.stdout
+
+
+def test_no_network_and_no_data(graft: Graft, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What to put where, and what works without."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    message = error(graft, *TINY[3:], "data=cifar10")
+    assert "cifar-10-python.tar.gz" in message
+    assert "data=digits" in message
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder nobody may write to")
+def test_a_log_folder_that_cannot_be_written(graft: Graft) -> None:
+    """Under /proc nobody may create folders, not even root."""
+    message = error(graft, *TINY, "paths.logs=/proc/logs")
+    assert "cannot create a run folder in /proc/logs" in message
+    assert "GRAFT_LOGS" in message
+
+
+def test_a_precision_the_device_lacks(graft: Graft) -> None:
+    assert "needs a GPU" in error(graft, *TINY, "trainer.precision=16-mixed")
+
+
+def test_a_failed_run_is_recorded_as_failed(graft: Graft, tmp_path: Path) -> None:
+    import json
+
+    error(graft, *TINY, "optimizer.lr=1e30")
+    (run,) = (tmp_path / "logs").iterdir()
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "lower optimizer.lr" in record["error"]
+    assert "Traceback" in (run / "error.log").read_text()
+
+
+def test_a_failed_job_leaves_the_rest_of_a_sweep_running(graft: Graft, tmp_path: Path) -> None:
+    import json
+
+    done = graft("train", "-m", *TINY, "optimizer.lr=1e30,0.01")
+    assert done.returncode != 0
+    records = [json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("run.json")]
+    assert sorted(record["status"] for record in records) == ["done", "failed"]

@@ -1,0 +1,255 @@
+"""Backbones against the models they were taken from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models
+
+from graft.backbones.base import Backbone
+from graft.backbones.resnet_cifar import EMBEDDED, resnet_cifar
+from graft.backbones.torchvision import FAMILIES, torchvision_backbone
+
+FAMILY_MODULES = (
+    models.resnet, models.convnext, models.efficientnet, models.mobilenetv2, models.mobilenetv3,
+    models.squeezenet, models.densenet, models.vgg, models.regnet, models.swin_transformer,
+    models.vision_transformer,
+)  # fmt: skip
+FAMILY_FILES = {module.__name__ for module in FAMILY_MODULES}
+ALL_MODELS = [
+    name
+    for name in models.list_models(module=models)
+    if models.get_model_builder(name).__module__ in FAMILY_FILES
+]
+SMALL = {
+    "resnet18": 64, "wide_resnet50_2": 64, "convnext_tiny": 64, "efficientnet_b0": 64,
+    "efficientnet_v2_s": 64, "mobilenet_v2": 64, "mobilenet_v3_small": 64, "squeezenet1_1": 64,
+    "squeezenet1_0": 64, "densenet121": 64, "vgg11_bn": 64, "regnet_y_400mf": 64, "swin_t": 64,
+    "swin_v2_t": 64, "vit_b_32": 224,
+}  # fmt: skip
+
+
+def penultimate(model: nn.Module, images: Tensor) -> Tensor:
+    """What the original classifier is given: caught at its last layer, dropout being off."""
+    caught: list[Tensor] = []
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    last = model.classifier[1] if isinstance(model, models.SqueezeNet) else linears[-1]
+    last.register_forward_hook(lambda module, inputs, output: caught.append(inputs[0]))
+    model(images)
+    return caught[0].mean((2, 3)) if caught[0].ndim == 4 else caught[0]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_features_equal_what_the_original_classifier_is_given(name: str, tmp_path: Path) -> None:
+    """Through a weights file in torchvision's own layout, so that loading is tried too."""
+    torch.manual_seed(0)
+    original = models.get_model(name, weights=None).eval()
+    for module in original.modules():  # statistics that leave a mark if they are lost
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    torch.save(original.state_dict(), tmp_path / "weights.pth")
+    backbone = torchvision_backbone(model=name, weights=str(tmp_path / "weights.pth")).eval()
+    images = torch.randn(2, 3, SMALL[name], SMALL[name])
+    expected = penultimate(original, images)
+    features = backbone(images)
+    assert features.shape == (2, backbone.num_features)
+    assert torch.allclose(features, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    for cut in range(1, len(backbone.blocks)):
+        x = backbone.blocks[:cut](images)
+        assert torch.allclose(backbone.forward_from(cut, x), features, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_every_model_of_the_families_builds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device: shapes without memory or arithmetic."""
+    widths = models.regnet.BlockParams.from_init_params
+
+    def with_numbers(*args: object, **kwargs: object) -> object:
+        with torch.device("cpu"):  # RegNet computes its widths with tensors
+            return widths(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(models.regnet.BlockParams, "from_init_params", with_numbers)
+    with torch.device("meta"):
+        backbone = torchvision_backbone(model=name)
+        original = models.get_model(name)
+    p = backbone.preprocessing
+    features = backbone.eval()(torch.empty(1, 3, p.crop_size, p.crop_size, device="meta"))
+    linears = [m for m in original.modules() if isinstance(m, nn.Linear)]
+    width = linears[-1].in_features if linears else 512
+    assert features.shape == (1, width)
+    assert backbone.num_features == width
+    assert len(backbone.blocks) >= 5
+    # Nothing but the classifier has been left behind.
+    lost = sum(p.numel() for p in original.parameters()) - sum(
+        p.numel() for p in backbone.parameters()
+    )
+    assert lost == 1000 * (width + 1)
+
+
+def test_every_family_is_tried_for_real() -> None:
+    tried = {type(models.get_model(name)) for name in SMALL if name != "vit_b_32"}
+    assert tried | {models.VisionTransformer} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("resnet50", "IMAGENET1K_V1"), ("resnet50", "IMAGENET1K_V2"), ("efficientnet_b0", "DEFAULT")],
+)
+def test_preprocessing_is_that_of_the_weights(
+    name: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V1 and V2 of ResNet-50 differ in their resize: the entry asked for decides."""
+    state = models.get_model(name, weights=None).state_dict()
+    entry = models.get_model_weights(name)[weights]
+    monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **kwargs: state)
+    p = torchvision_backbone(model=name, weights=weights).preprocessing
+    expected = entry.transforms()
+    assert (p.resize_size, p.crop_size) == (expected.resize_size[0], expected.crop_size[0])
+    assert (list(p.mean), list(p.std)) == (expected.mean, expected.std)
+    assert p.interpolation == expected.interpolation.value
+
+
+def test_taps_are_the_pooled_outputs_of_blocks_in_order() -> None:
+    plain = torchvision_backbone(model="squeezenet1_1").eval()
+    tapped = torchvision_backbone(model="squeezenet1_1", taps=["fire8", "fire1"]).eval()
+    tapped.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        early = plain.blocks[:2](images).mean((2, 3))
+        last = plain.blocks[:9](images).mean((2, 3))
+        assert torch.allclose(tapped(images), torch.cat([early, last], dim=1), atol=1e-6)
+    assert tapped.num_features == 128 + 512
+    assert tapped.taps == ["fire1", "fire8"]
+    everything = torchvision_backbone(model="squeezenet1_1", taps="all")
+    assert everything.taps == everything.block_names
+
+
+@pytest.mark.parametrize("name", ["swin_t", "vit_b_32"])
+def test_taps_of_transformers_pool_over_positions(name: str) -> None:
+    size = SMALL[name]
+    backbone = torchvision_backbone(model=name, taps="all").eval()
+    widths = []
+    x = torch.zeros(2, 3, size, size)
+    with torch.no_grad():
+        for block in backbone.blocks:
+            x = block(x)
+            widths.append(x.shape[-1])
+        assert backbone(torch.zeros(2, 3, size, size)).shape == (2, sum(widths))
+
+
+def test_our_layout_makes_the_round_trip(tmp_path: Path) -> None:
+    for build in (
+        lambda w: torchvision_backbone(model="squeezenet1_1", weights=w),
+        lambda w: resnet_cifar(depth=8, weights=w),
+    ):
+        one = build(None)
+        save_file(one.state_dict(), tmp_path / "weights.safetensors")
+        other = build(str(tmp_path / "weights.safetensors"))
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+
+
+def test_a_classifier_of_another_number_of_classes_does_not_matter(tmp_path: Path) -> None:
+    original = models.resnet18(num_classes=37)
+    torch.save(original.state_dict(), tmp_path / "weights.pth")
+    backbone = torchvision_backbone(model="resnet18", weights=str(tmp_path / "weights.pth"))
+    stem = backbone.blocks.get_parameter("stem.0.weight")
+    assert torch.equal(stem, original.conv1.weight)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(models.resnet34().state_dict(), path)
+    with pytest.raises(ValueError, match=r"does not fit .* resnet18.*unexpected \(layer1\.2"):
+        torchvision_backbone(model="resnet18", weights=str(path))
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read"):
+        torchvision_backbone(model="resnet18", weights=str(path))
+    with pytest.raises(FileNotFoundError, match=r"no file .*missing\.pth"):
+        torchvision_backbone(model="resnet18", weights="missing.pth")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"model": "resnet5"}, "no model resnet5: did you mean resnet50"),
+        ({"model": "inception_v3"}, "no adapter for its family"),
+        ({"model": "resnet18", "weights": "DEFUALT"}, "resnet18 has IMAGENET1K_V1"),
+        ({"model": "squeezenet1_1", "taps": ["fire9"]}, "no block named fire9; the blocks are"),
+    ],
+)
+def test_wrong_names_are_refused_with_the_right_ones(kwargs: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torchvision_backbone(**kwargs)
+
+
+def test_a_vit_says_which_size_it_takes() -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=r"set data\.image_size=224"):
+        torchvision_backbone(model="vit_b_32")(torch.empty(1, 3, 96, 96))
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(OSError, match=rf"resnet18-\w+\.pth into {tmp_path}"):
+        torchvision_backbone(model="resnet18", weights="IMAGENET1K_V1")
+
+
+def test_resnet20_has_the_parameters_of_the_paper() -> None:
+    """0.27 M (He et al. 2016, table 6); with 1x1 shortcuts where the shape changes."""
+    backbone = resnet_cifar(weights=None)
+    assert sum(p.numel() for p in backbone.parameters()) == 271_824
+    assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+    with pytest.raises(ValueError, match="6n"):
+        resnet_cifar(depth=21, weights=None)
+
+
+def test_the_embedded_weights_are_small_and_pretrained() -> None:
+    assert EMBEDDED.stat().st_size < 1_500_000
+    random, pretrained = resnet_cifar(weights=None), resnet_cifar()
+    key = "blocks.stem.conv.weight"
+    assert not torch.equal(random.get_parameter(key), pretrained.get_parameter(key))
+    assert pretrained.get_buffer("blocks.stem.bn.running_var").std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("resnet18", 10), ("convnext_atto", 7), ("vit_tiny_patch16_224", 14), ("efficientnet_b0", 13)],
+)
+def test_timm_models_come_apart_and_equal_themselves(name: str, blocks: int) -> None:
+    timm = pytest.importorskip("timm")
+    from graft.backbones.timm import timm_backbone
+
+    torch.manual_seed(0)
+    backbone = timm_backbone(model=name, weights=None).eval()
+    torch.manual_seed(0)
+    original = timm.create_model(name, num_classes=0).eval()
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(backbone(image), original(image), atol=1e-4)
+    assert backbone.num_features == original.num_features
+    assert len(backbone.blocks) >= blocks
+    lost = sum(p.numel() for p in original.parameters()) - sum(
+        p.numel() for p in backbone.parameters()
+    )
+    assert lost == 0
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif("GRAFT_REAL_TORCH_HOME" not in os.environ, reason="no real weights at hand")
+def test_real_imagenet_weights_load_by_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", os.environ["GRAFT_REAL_TORCH_HOME"])
+    backbone: Backbone = torchvision_backbone(model="squeezenet1_1", weights="IMAGENET1K_V1").eval()
+    original = models.get_model("squeezenet1_1", weights="IMAGENET1K_V1").eval()
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.allclose(backbone(images), penultimate(original, images), atol=1e-4)
