@@ -29,8 +29,8 @@ from torchvision.models import (
 )
 from torchvision.models.vgg import VGG
 
-from graft.backbones.base import Backbone, Preprocessing, pool_nchw
-from graft.backbones.weights import load_into, read_weights
+from graft.backbones.base import Backbone, Preprocessing, pool_nchw, pool_nhwc, pool_tokens
+from graft.backbones.weights import is_file_name, load_into, read_weights
 
 Blocks = dict[str, nn.Module]
 
@@ -148,16 +148,6 @@ def vit(m: Any) -> Blocks:
     return {"embed": Embed(m), **layers, "pool": nn.Sequential(m.encoder.ln, ClassToken())}
 
 
-def pool_tokens(x: Tensor) -> Tensor:
-    """(N, T, D) -> (N, D); what is flat already passes through."""
-    return x.mean(1) if x.ndim == 3 else x
-
-
-def pool_nhwc(x: Tensor) -> Tensor:
-    """(N, H, W, C) -> (N, C); what is flat already passes through."""
-    return x.mean((1, 2)) if x.ndim == 4 else x
-
-
 # Class of the original model -> how to take it apart, how to pool a block's output for taps.
 FAMILIES: dict[type[nn.Module], tuple[Callable[[Any], Blocks], Callable[[Tensor], Tensor]]] = {
     ResNet: (resnet, pool_nchw),
@@ -199,7 +189,7 @@ def torchvision_backbone(
         hint = f": did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"backbone.model: torchvision has no model {model}{hint}")
     entries = models.get_model_weights(model)
-    is_file = weights is not None and Path(weights).suffix != ""
+    is_file = weights is not None and is_file_name(weights)
     if weights is not None and not is_file and weights not in entries.__members__:
         raise ValueError(
             f"backbone.weights={weights}: {model} has {', '.join(entries.__members__)}; or give "
@@ -215,7 +205,7 @@ def torchvision_backbone(
     if weights is not None and is_file:
         ours = any(key.startswith("blocks.") for key in read_weights(Path(weights)))
         if not ours:
-            load_into(original, weights, ignore_missing=CLASSIFIERS, label=model)
+            load_into(original, weights, optional=CLASSIFIERS, label=model)
 
     take_apart, pool = FAMILIES[family]
     size = getattr(original, "image_size", None)  # ViT: of what entry are our weights a stand-in?
