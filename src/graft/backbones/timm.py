@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Sequence
+import difflib
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graft.backbones.base import Backbone, Preprocessing
-from graft.backbones.weights import load_into
+from graft.backbones.base import (
+    Backbone,
+    FixedSize,
+    Preprocessing,
+    pool_nchw,
+    pool_nhwc,
+    pool_tokens,
+)
+from graft.backbones.weights import is_file_name, load_state, read_weights
 
 Blocks = dict[str, nn.Module]
-
-
-class Body(nn.Module):
-    """A model that does not come apart: one block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
 
 
 class TokenPool(nn.Module):
@@ -53,19 +53,47 @@ class Embed(nn.Module):
         return self.vit.forward_features(images)
 
 
-def _children_in_order(model: nn.Module) -> Blocks:
-    """Convnets: children applied one after another; containers of stages opened."""
-    blocks: Blocks = {}
+def _layers_in_order(model: Any) -> list[tuple[str, nn.Module]]:
+    """Children and, where they are a plain `nn.Sequential`, theirs: (path, module), no Identity."""
+    layers = []
     for name, child in model.named_children():
-        stages = dict(child.named_children()) if name in ("stages", "blocks", "layers") else {}
-        if isinstance(child, nn.Sequential) and stages:
-            blocks |= {f"{name}{i}": stage for i, stage in enumerate(stages.values(), 1)}
+        if type(child).forward is nn.Sequential.forward:
+            layers += [(f"{name}.{key}", layer) for key, layer in child.named_children()]
         else:
-            blocks[name] = child
-    return blocks
+            layers.append((name, child))
+    return [(path, layer) for path, layer in layers if not isinstance(layer, nn.Identity)]
+
+
+def _convnet(model: Any) -> Blocks:
+    """Layers joined into the groups of timm's `group_matcher`: stem, stages, what follows them."""
+    from timm.models import group_parameters
+
+    group_of = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    if hasattr(model, "group_matcher"):
+        group_of = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    blocks: list[tuple[int, Blocks]] = []
+    for path, layer in _layers_in_order(model):
+        groups = {g for name, g in group_of.items() if f"{name}.".startswith(f"{path}.")}
+        if not blocks or (groups and blocks[-1][0] not in groups):
+            blocks.append((min(groups, default=0), {}))
+        blocks[-1][1][path] = layer  # what has no parameters goes with what it follows
+    _, end = blocks[-1]
+    if len(end) > 1 and next([*end.values()][-1].parameters(), None) is None:
+        blocks.append((-1, {"pool": end.popitem()[1]}))
+    named: Blocks = {}
+    for _, layers in blocks:
+        first = next(iter(layers))
+        parent = first.partition(".")[0]
+        whole = {
+            f"{parent}.{key}" for key, _ in getattr(model, parent, nn.Module()).named_children()
+        }
+        name = parent if layers.keys() == whole else first.replace(".", "_")
+        named[name if named else "stem"] = nn.Sequential(*layers.values())
+    return named
 
 
 def _vision_transformer(model: Any) -> Blocks:
+    model = copy.deepcopy(model)
     layers = {f"layer{i}": layer for i, layer in enumerate(model.blocks, 1)}
     pool = TokenPool(model.global_pool, model.num_prefix_tokens)
     last = nn.Sequential(model.norm, pool, model.fc_norm)
@@ -73,30 +101,32 @@ def _vision_transformer(model: Any) -> Blocks:
     return {"embed": Embed(model), **layers, "pool": last}
 
 
+@torch.no_grad()
 def _take_apart(model: nn.Module, size: int) -> Blocks:
     """Blocks whose composition equals the model, checked on an image; or one block, `body`."""
     model.eval()
     image = torch.rand(1, 3, size, size)
-    with torch.no_grad():
-        expected = model(image)
-        ways: tuple[Callable[[Any], Blocks], ...] = (_children_in_order, _vision_transformer)
-        for way in ways:
-            try:
-                blocks = way(copy.deepcopy(model))
-                x = image
-                for block in blocks.values():
-                    x = block(x)
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-                continue  # not this kind of model
-            if x.shape == expected.shape and torch.allclose(x, expected, atol=1e-4, rtol=1e-4):
-                return blocks
-    return {"body": Body(model)}
+    expected = model(image)
+    ways: tuple[Callable[[Any], Blocks], ...] = (_vision_transformer, _convnet)
+    for way in ways:
+        try:
+            blocks = way(model)
+            x = image
+            for block in blocks.values():
+                x = block(x)
+                if not isinstance(x, Tensor):
+                    raise TypeError("blocks that pass several tensors can't be stored between them")
+        except Exception:  # not this kind of model: timm has a thousand, each fails its own way
+            continue
+        if x.shape == expected.shape and torch.allclose(x, expected, atol=1e-4, rtol=1e-4):
+            return blocks
+    return {"body": model}
 
 
 def timm_backbone(
     *,
     model: str,
-    weights: str | None = "DEFAULT",
+    weights: str | bool | None = "DEFAULT",
     taps: Sequence[str] | str | None = None,
     **kwargs: Any,
 ) -> Backbone:
@@ -104,58 +134,119 @@ def timm_backbone(
 
     Convnets and ViTs come apart into blocks; anything whose blocks, put together again, don't
     give the model's own features becomes a single block, which can only be frozen as a whole.
+    Preprocessing is a central crop; timm's `squash` and `border` crops are not imitated.
 
     Args:
         model: timm's name, with a tag if wanted ("vit_small_patch16_224.augreg_in21k").
-        weights: "DEFAULT" (those of the tag), a file, or None for random weights.
+        weights: "DEFAULT" or true (those of the tag in `model`, or timm's first), a tag, a file
+            (timm's layout or ours), or None for random weights.
         taps: see `Backbone`.
         kwargs: passed on to `timm.create_model`.
 
     Raises:
-        ValueError: timm is not installed, an unknown model, or a file of another architecture.
+        ValueError: timm is not installed, an unknown model or tag, or a file of another
+            architecture.
         OSError: the weights can't be downloaded.
     """
     try:
         import timm
-        from timm.data.config import resolve_data_config
+        from timm.data.config import resolve_model_data_config
     except ImportError as error:
         raise ValueError("backbone=timm needs timm: pip install 'graft[timm]'") from error
-    if weights not in (None, "DEFAULT") and not Path(weights).suffix:
-        raise ValueError(f"backbone.weights={weights}: must be DEFAULT, a file, or null")
-    if not timm.is_model(model):
+    name, _, tag = model.partition(".")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f": did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"backbone.model: timm has no model {name}{hint}")
+    state = None
+    if isinstance(weights, str) and is_file_name(weights):
+        state = read_weights(Path(weights))
+    elif isinstance(weights, str) and weights != "DEFAULT":
+        tag = weights
+    pretrained = bool(weights) and state is None
+    tags = [
+        n.partition(".")[2] for n in timm.list_pretrained(f"{name}*") if n.split(".")[0] == name
+    ]
+    if (tag and tag not in tags) or (pretrained and not tags):
         raise ValueError(
-            f"backbone.model: timm has no model {model} (timm.list_models('*resnet*') lists names)"
+            f"backbone.weights={tag or weights}: {name} has {', '.join(tags) or 'none'}; or give "
+            "a .pth or .safetensors file, or null"
         )
-    try:
-        built = timm.create_model(model, pretrained=weights == "DEFAULT", num_classes=0, **kwargs)
-    except (OSError, RuntimeError) as error:
-        offline = "" if os.environ.get("HF_HUB_OFFLINE") else " (HF_HUB_OFFLINE=1 fails at once)"
-        raise OSError(
-            f"timm could not load {model}: {str(error).splitlines()[0]}; without a network use "
-            f"backbone.weights=FILE or null{offline}"
-        ) from error
-    if weights not in (None, "DEFAULT"):
-        load_into(built, weights, label=model)
+    full_name = f"{name}.{tag}" if tag else name
+    with _hub(full_name, pretrained):
+        built: Any = timm.create_model(full_name, pretrained=pretrained, num_classes=0, **kwargs)
+    ours = state is not None and all(key.startswith("blocks.") for key in state)
+    if state is not None and not ours:
+        classifier = built.pretrained_cfg.get("classifier") or ()
+        names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        optional = tuple(f"{n}." for n in names)
+        load_state(built, state, source=str(weights), optional=optional, label=full_name)
 
-    data = resolve_data_config({}, model=built)
-    size = data["input_size"][-1]
-    return Backbone(
-        _take_apart(built, size),
+    data = resolve_model_data_config(built)
+    embed = getattr(built, "patch_embed", None)
+    fixed = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
+    size = fixed[0] if fixed else data["input_size"][-1]
+    blocks = _take_apart(built, size)
+    if fixed:
+        first = next(iter(blocks))
+        blocks[first] = nn.Sequential(FixedSize(size), blocks[first])
+    nhwc = getattr(built, "output_fmt", "NCHW") == "NHWC"
+    used = built.pretrained_cfg.get("tag") or "DEFAULT" if pretrained else weights
+    backbone = Backbone(
+        blocks,
         Preprocessing(
-            resize_size=round(size / data["crop_pct"]),
+            resize_size=math.floor(size / data["crop_pct"]),  # as timm's own transform rounds
             crop_size=size,
             mean=data["mean"],
             std=data["std"],
             interpolation="bicubic" if data["interpolation"] == "bicubic" else "bilinear",
         ),
         taps=taps,
-        pool=_pool,
+        pool=_pool_channels_last if nhwc else _pool,
         channels_last=any(isinstance(m, nn.BatchNorm2d) for m in built.modules()),
         probe_size=size,
-        description=f"timm {model}, {f'weights {weights}' if weights else 'random weights'}",
+        description=f"timm {name}, {f'weights {used}' if used else 'random weights'}",
     )
+    if state is not None and ours:
+        load_state(backbone, state, source=str(weights), label=full_name)
+    return backbone
 
 
 def _pool(x: Tensor) -> Tensor:
-    """A block's output to (N, C): maps over space, tokens over position."""
-    return x.mean((2, 3)) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x
+    return pool_tokens(pool_nchw(x))
+
+
+def _pool_channels_last(x: Tensor) -> Tensor:
+    return pool_tokens(pool_nhwc(x))
+
+
+@contextmanager
+def _hub(model: str, pretrained: bool) -> Iterator[None]:
+    """One quick error where there is no network: the hub's client retries for 47 s by itself."""
+    if not pretrained:
+        yield
+        return
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before:
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            with urllib.request.urlopen(request, timeout=5):
+                pass
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except OSError:
+        constants.HF_HUB_OFFLINE = True  # what is cached still loads
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if constants.HF_HUB_OFFLINE:
+            reason = f"{constants.ENDPOINT} is out of reach and they are not in HF_HOME"
+        raise OSError(
+            f"the weights of timm's {model} could not be loaded ({reason}): download them once "
+            "where there is a network, or use backbone.weights=FILE or null"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -7,30 +7,26 @@ input of the original classifier. It knows the family's attributes, not its mode
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models import (
-    ConvNeXt,
-    DenseNet,
-    EfficientNet,
-    MobileNetV2,
-    MobileNetV3,
-    RegNet,
-    ResNet,
-    SqueezeNet,
-    SwinTransformer,
-    VisionTransformer,
-)
-from torchvision.models.vgg import VGG
 
-from graft.backbones.base import Backbone, Preprocessing, pool_nchw, pool_nhwc, pool_tokens
-from graft.backbones.weights import is_file_name, load_into, read_weights
+from graft.backbones.base import (
+    Backbone,
+    FixedSize,
+    Preprocessing,
+    pool_nchw,
+    pool_nhwc,
+    pool_tokens,
+)
+from graft.backbones.weights import is_file_name, load_state, read_weights
 
 Blocks = dict[str, nn.Module]
 
@@ -117,22 +113,16 @@ def swin(m: Any) -> Blocks:
 
 
 class Embed(nn.Module):
-    """Patches to tokens (N, T, D): projection, class token, position; one image size only."""
+    """Patches to tokens (N, T, D): projection, class token, position."""
 
     def __init__(self, vit: Any) -> None:
         super().__init__()
-        self.image_size: int = vit.image_size
         self.conv_proj = vit.conv_proj
         self.class_token = vit.class_token
         self.pos_embedding = vit.encoder.pos_embedding
         self.dropout = vit.encoder.dropout
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"this ViT takes {self.image_size} x {self.image_size} px images, not "
-                f"{images.shape[2]} x {images.shape[3]}: set data.image_size={self.image_size}"
-            )
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
         return self.dropout(tokens + self.pos_embedding)
@@ -145,22 +135,23 @@ class ClassToken(nn.Module):
 
 def vit(m: Any) -> Blocks:
     layers = {f"layer{i}": layer for i, layer in enumerate(m.encoder.layers, 1)}
-    return {"embed": Embed(m), **layers, "pool": nn.Sequential(m.encoder.ln, ClassToken())}
+    embed = nn.Sequential(FixedSize(m.image_size), Embed(m))
+    return {"embed": embed, **layers, "pool": nn.Sequential(m.encoder.ln, ClassToken())}
 
 
-# Class of the original model -> how to take it apart, how to pool a block's output for taps.
-FAMILIES: dict[type[nn.Module], tuple[Callable[[Any], Blocks], Callable[[Tensor], Tensor]]] = {
-    ResNet: (resnet, pool_nchw),
-    ConvNeXt: (convnext, pool_nchw),
-    EfficientNet: (efficientnet, pool_nchw),
-    MobileNetV2: (efficientnet, pool_nchw),
-    MobileNetV3: (mobilenet_v3, pool_nchw),
-    SqueezeNet: (squeezenet, pool_nchw),
-    DenseNet: (densenet, pool_nchw),
-    VGG: (vgg, pool_nchw),
-    RegNet: (regnet, pool_nchw),
-    SwinTransformer: (swin, pool_nhwc),
-    VisionTransformer: (vit, pool_tokens),
+# torchvision's module -> how to take its models apart, how to pool a block's output for taps.
+FAMILIES: dict[str, tuple[Callable[[Any], Blocks], Callable[[Tensor], Tensor]]] = {
+    "resnet": (resnet, pool_nchw),
+    "convnext": (convnext, pool_nchw),
+    "efficientnet": (efficientnet, pool_nchw),
+    "mobilenetv2": (efficientnet, pool_nchw),
+    "mobilenetv3": (mobilenet_v3, pool_nchw),
+    "squeezenet": (squeezenet, pool_nchw),
+    "densenet": (densenet, pool_nchw),
+    "vgg": (vgg, pool_nchw),
+    "regnet": (regnet, pool_nchw),
+    "swin_transformer": (swin, pool_nhwc),
+    "vision_transformer": (vit, pool_tokens),
 }
 
 
@@ -188,6 +179,10 @@ def torchvision_backbone(
         close = difflib.get_close_matches(model, models.list_models(module=models), n=3)
         hint = f": did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"backbone.model: torchvision has no model {model}{hint}")
+    family = models.get_model_builder(model).__module__.rpartition(".")[2]
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"backbone.model={model}: no adapter for its family; there are {known}")
     entries = models.get_model_weights(model)
     is_file = weights is not None and is_file_name(weights)
     if weights is not None and not is_file and weights not in entries.__members__:
@@ -196,16 +191,14 @@ def torchvision_backbone(
             "a .pth or .safetensors file, or null"
         )
     entry = None if weights is None or is_file else entries[weights]
+    state = read_weights(Path(weights)) if weights is not None and is_file else None
+    ours = state is not None and all(key.startswith("blocks.") for key in state)
     original = _build(model, entry, **kwargs)
-    family = next((f for f in FAMILIES if isinstance(original, f)), None)
-    if family is None:
-        known = ", ".join(f.__name__ for f in FAMILIES)
-        raise ValueError(f"backbone.model={model}: no adapter for its family; there are {known}")
-    ours = False
-    if weights is not None and is_file:
-        ours = any(key.startswith("blocks.") for key in read_weights(Path(weights)))
-        if not ours:
-            load_into(original, weights, optional=CLASSIFIERS, label=model)
+    if state is not None and not ours:
+        # Only the last layer may differ: `classifier` of VGG or MobileNetV3 holds features too.
+        last = [n for n, m in original.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+        state = {_DENSENET_OLD.sub(r"\1\2.", key): value for key, value in state.items()}
+        load_state(original, state, source=str(weights), optional=(f"{last}.",), label=model)
 
     take_apart, pool = FAMILIES[family]
     size = getattr(original, "image_size", None)  # ViT: of what entry are our weights a stand-in?
@@ -224,15 +217,16 @@ def torchvision_backbone(
         pool=pool,
         channels_last=pool is pool_nchw,
         probe_size=size or 64,
-        description=f"{model}, {f'weights {weights}' if weights else 'random weights'}",
+        description=f"{model}, "
+        + (f"weights {entry.name if entry else weights}" if weights else "random weights"),
     )
-    if ours and weights is not None:
-        load_into(backbone, weights, label=model)
+    if state is not None and ours:
+        load_state(backbone, state, source=str(weights), label=model)
     return backbone
 
 
-# Where the families keep their classifiers: another number of classes must not matter.
-CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.")
+# The files that torchvision publishes for DenseNet say norm.1 where its modules say norm1.
+_DENSENET_OLD = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 
 def _build(model: str, entry: models.WeightsEnum | None, **kwargs: Any) -> nn.Module:
@@ -240,10 +234,11 @@ def _build(model: str, entry: models.WeightsEnum | None, **kwargs: Any) -> nn.Mo
         return models.get_model(model, weights=None, **kwargs)
     try:
         return models.get_model(model, weights=entry, progress=sys.stderr.isatty(), **kwargs)
-    except OSError as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # the last three: torn file
         folder = Path(torch.hub.get_dir()) / "checkpoints"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"the weights {entry.name} of {model} could not be downloaded ({error}): put "
+            f"the weights {entry.name} of {model} could not be downloaded or read ({reason}): put "
             f"{entry.url.rsplit('/', 1)[-1]} into {folder} (or set TORCH_HOME), or use "
             "backbone.weights=FILE or null"
         ) from error
