@@ -19,9 +19,6 @@ class Digits(Source):
     The set has no official test split; a fixed, stratified third serves as one.
     """
 
-    def prepare(self, size: int) -> None:
-        """Nothing to do: the images are in the scikit-learn package."""
-
     def load(self, size: int) -> Splits:
         from sklearn.datasets import load_digits  # takes a second
 

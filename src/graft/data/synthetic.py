@@ -31,9 +31,6 @@ class Synthetic(Source):
         self.classes, self.image_size, self.seed = classes, image_size, seed
         self.per_class, self.test_per_class = per_class, test_per_class
 
-    def prepare(self, size: int) -> None:
-        """Nothing to do: load makes the images."""
-
     def load(self, size: int) -> Splits:
         rng = np.random.default_rng(self.seed)
         coarse = rng.uniform(-1, 1, (self.classes, 3, 4, 4)).astype(np.float32)
