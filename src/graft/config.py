@@ -49,6 +49,7 @@ def _one_of(*options: str) -> Check:
 CHECKS: dict[str, Check] = {
     "seed": NATURAL,
     "label_smoothing": BELOW_ONE,
+    "mirror": BOOL,
     "data.batch_size": POSITIVE_INT,
     "data.eval_batch_size": POSITIVE_INT,
     "data.image_size": _or_null(POSITIVE_INT),
@@ -85,6 +86,11 @@ CHECKS: dict[str, Check] = {
     "transfer.stages.*.decay_norm_and_bias": BOOL,
     "transfer.stages.*.cache": _one_of("auto", "on", "off"),
     "transfer.stages.*.cache_limit_gb": POSITIVE,
+    "transfer.stages.*.cache_dtype": _one_of("float32", "float16"),
+    "transfer.stages.*.views": (
+        "none, flip or a whole number above 1",
+        lambda v: v in ("none", "flip") or (_integer(v) and v > 1),
+    ),
 }
 
 
@@ -124,10 +130,16 @@ def check(config: DictConfig) -> dict[str, Any]:
 
 
 def bind(config: dict[str, Any], **keywords: Any) -> Callable[..., Any]:
-    """The `_target_` of a config with its arguments, to be called."""
-    from hydra.utils import instantiate
+    """The `_target_` of a config with its arguments, to be called.
 
-    return partial(instantiate({**config, "_partial_": True, "_convert_": "all"}), **keywords)
+    Not Hydra's own `_partial_`: each call of one costs a millisecond of checks, and a schedule is
+    called in every step.
+    """
+    from hydra.utils import get_object, instantiate
+
+    arguments = {key: value for key, value in config.items() if key != "_target_"}
+    arguments = instantiate(arguments, _convert_="all")  # what is nested in them
+    return partial(get_object(config["_target_"]), **arguments, **keywords)
 
 
 def make(config: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Literal
 
@@ -32,11 +32,20 @@ class Standardize(nn.Module):
         self.register_buffer("measured", torch.tensor(False))
 
     @torch.no_grad()
-    def measure(self, features: Tensor) -> None:
-        """Fix the statistics from (N, num_features) training features."""
-        self.mean.copy_(features.mean(0))
+    def measure(self, parts: Iterable[Tensor]) -> None:
+        """Fix the statistics from the training features, (n, num_features) at a time."""
+        count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+        for part in parts:  # Chan et al. 1979: no large numbers are subtracted
+            part = part.double()
+            n, new = len(part), part.mean(0)
+            delta = new - mean.to(new.device)
+            squares = squares.to(new.device) + (part - new).square().sum(0)
+            squares = squares + delta.square() * (count * n / (count + n))
+            mean = mean.to(new.device) + delta * (n / (count + n))
+            count += n
+        self.mean.copy_(mean)
         # A dead feature has no spread; dividing by (almost) nothing would blow up noise at test.
-        std = features.std(0, correction=0)
+        std = (squares / count).sqrt()
         self.std.copy_(std.clamp_min(1e-3 * float(std.mean()) + 1e-12))
         self.measured.fill_(True)
 

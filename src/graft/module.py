@@ -81,24 +81,24 @@ class TransferModule(L.LightningModule):
             self._logits(batch), batch["label"], label_smoothing=self.label_smoothing
         )
         self.train_loss.update(loss.detach())
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        self.log("train/loss_step", loss, batch_size=len(batch["label"]))
+        # `self.log` takes as long as a step of a small head: it is called when something is due.
+        if self.trainer.is_last_batch:
+            self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
+        if self.trainer._logger_connector.should_update_logs:
+            self.log("train/loss_step", loss, batch_size=len(batch["label"]))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_loss, self.val_acc)
+        self._evaluate(batch, self.val_loss, self.val_acc)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_loss, self.test_acc)
+        self._evaluate(batch, self.test_loss, self.test_acc)
 
-    def _evaluate(self, batch: Batch, split: str, loss: Metric, accuracy: Metric) -> None:
+    def _evaluate(self, batch: Batch, loss: Metric, accuracy: Metric) -> None:
         logits = self._logits(batch)
         labels = batch["label"]
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
         accuracy.update(logits, labels)
-        # Metric objects: exact over ranks with unequal shares, unlike a mean of means.
-        for name, metric in ((f"{split}/loss", loss), (f"{split}/acc", accuracy)):
-            self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
 
     def on_validation_start(self) -> None:
         self.sync_batch_norms()
@@ -111,6 +111,15 @@ class TransferModule(L.LightningModule):
                 f"the validation loss is {loss.item()} in epoch {self.current_epoch}: lower "
                 "optimizer.lr, add scheduler.warmup or set trainer.gradient_clip_val=1"
             )
+        self._log_evaluation("val", self.val_loss, self.val_acc)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test", self.test_loss, self.test_acc)
+
+    def _log_evaluation(self, split: str, loss: Metric, accuracy: Metric) -> None:
+        # Metric objects: exact over ranks with unequal shares, unlike a mean of means.
+        self.log(f"{split}/loss", loss)
+        self.log(f"{split}/acc", accuracy)
 
     def sync_batch_norms(self) -> None:
         """Average the BatchNorm statistics that move over ranks: one model for every rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from graft.data.datamodule import TransferDataModule
@@ -81,6 +83,29 @@ class EpochLines(L.Callback):
             f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  "
             f"{'  '.join(parts)}  {seconds:.1f} s"
         )
+
+
+class PartsBar:
+    """Progress of stored features: a bar on a terminal, else a line every half minute."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+        self.told = time.perf_counter()
+
+    @rank_zero_only
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stdout.isatty():
+            if self.progress is None:
+                self.progress = Progress(console=console, transient=True)
+                self.progress.start()
+                self.progress.add_task("features", total=total)
+            self.progress.update(self.progress.task_ids[0], completed=done)
+            if done == total:
+                self.progress.stop()
+                self.progress = None
+        elif done < total and time.perf_counter() - self.told > 30:
+            say(f"features  {done} of {total} parts")
+            self.told = time.perf_counter()
 
 
 def print_result(metrics: Mapping[str, Any], seconds: float, run: Path, logs: Path) -> None:

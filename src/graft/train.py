@@ -107,7 +107,8 @@ def train(
 
     from graft import report
     from graft.trainer import make_trainer, trainer_options
-    from graft.transfer.stages import run_stages
+    from graft.transfer.stages import StartStage, run_stages
+    from graft.transfer.stored import FeatureStore
 
     L.seed_everything(config["seed"], workers=True, verbose=False)
     options = trainer_options(config["trainer"])
@@ -131,10 +132,23 @@ def train(
     if folder is not None:
         report.print_start(module, datamodule, describe_device(options), path)
     stages = build_stages(config)
-    results = run_stages(
-        module, datamodule, stages, new_trainer, path / "checkpoints", on_stage=announce
+    new_store = partial(
+        FeatureStore,
+        cache=Path(config["paths"]["cache"]).expanduser(),
+        tell=report.say,
+        progress=report.PartsBar(),
     )
-    trainer = new_trainer(stages[-1], [])
+    results = run_stages(
+        module,
+        datamodule,
+        stages,
+        new_trainer,
+        path / "checkpoints",
+        new_store=new_store,
+        on_stage=announce,
+    )
+    start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
+    trainer = new_trainer(stages[-1], [start])
     tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
     tested = {key: float(value) for key, value in tested.items()}
     return {"val/acc": results[-1].best_score, **tested}, module
@@ -145,6 +159,7 @@ def build(config: dict[str, Any]) -> tuple[TransferModule, TransferDataModule]:
     from graft.module import TransferModule
 
     backbone = make(config["backbone"])
+    backbone.mirror = config["mirror"]
     # `root` is in the group for the command line; only the source takes it.
     data = {key: value for key, value in config["data"].items() if key != "root"}
     datamodule = make(data, preprocessing=backbone.preprocessing, seed=config["seed"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -88,7 +88,7 @@ def make_trainer(
         logger=loggers or False,
         enable_progress_bar=terminal,
         enable_model_summary=False,
-        enable_checkpointing=bool(needed),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in needed),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the datamodule's order already knows the ranks
     )

@@ -33,7 +33,7 @@ def test_a_linear_head_starts_with_equal_logits() -> None:
 def test_standardize_is_measured_once_and_is_the_same_in_training() -> None:
     features = torch.randn(500, 4) * torch.tensor([1.0, 5.0, 0.2, 3.0]) + 7
     norm = Standardize(4)
-    norm.measure(features)
+    norm.measure(features.split(64))
     norm.train()
     assert torch.allclose(norm(features).mean(0), torch.zeros(4), atol=1e-4)
     assert torch.allclose(norm(features).std(0, correction=0), torch.ones(4), atol=1e-3)
@@ -45,7 +45,7 @@ def test_standardize_is_measured_once_and_is_the_same_in_training() -> None:
 def test_a_dead_feature_does_not_blow_up() -> None:
     features = torch.randn(100, 2) * torch.tensor([1.0, 0.0])
     norm = Standardize(2)
-    norm.measure(features)
+    norm.measure(features.split(64))
     assert norm(features + torch.tensor([0.0, 1e-3])).abs().max() < 10
 
 

@@ -50,7 +50,7 @@ def test_a_replaced_file_is_read_again(root: Path, cache: Path) -> None:
     assert path.stat().st_size == before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(FileNotFoundError, match="changed since"):
-        source.load(32)
+        ImageFolder(root, cache).load(32)
     assert corner(read(source).train.images)[1] == (4, 5, 6)
     (root / "train/cat/0.png").unlink()
     assert len(read(source).train.labels) == 6

@@ -75,6 +75,8 @@ class Backbone(nn.Module):
         description: where the weights come from, for the start-up summary.
 
     Attributes:
+        mirror: in eval mode, features are the mean over an image and its mirror image, at twice
+            the cost. Set it before anything is computed; off by default.
         blocks: `nn.Sequential`, so `blocks[:k]` is a prefix and `blocks[k:]` a suffix.
         num_features: F, width of the features (summed over taps).
     """
@@ -98,6 +100,7 @@ class Backbone(nn.Module):
         self.pool = pool
         self.channels_last = channels_last
         self.description = description
+        self.mirror = False
         self.taps = self._check_taps(taps)
         self.num_features = self._measure_features(probe_size or preprocessing.crop_size)
 
@@ -140,7 +143,10 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) normalised images -> (N, num_features)."""
-        return self.forward_from(0, images)
+        features = self.forward_from(0, images)
+        if self.mirror and not self.training:
+            features = (features + self.forward_from(0, images.flip(3))) / 2
+        return features
 
     def forward_from(self, start: int, x: Tensor) -> Tensor:
         """Features from the input of block `start` (its images or stored activations).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from graft.backbones.base import Preprocessing
-from graft.data.batch_transforms import Augment, Prepare
+from graft.data.batch_transforms import Augment, Prepare, uniform
+from graft.data.features import StoredFeatures, images_digest
 from graft.data.sampler import BatchOrder
 from graft.data.source import Source, Split
 from graft.data.subset import shots_per_class as draw_shots
@@ -45,10 +46,15 @@ class ImageDataset(Dataset[Batch]):
 
 
 class FeatureDataset(Dataset[Batch]):
-    """The same positions and labels, with stored features in place of images."""
+    """The same positions and labels, with stored features in place of images.
 
-    def __init__(self, features: Tensor, labels: np.ndarray) -> None:
-        self.features = features
+    Of several views of an image, each epoch draws one, from (seed, epoch, index) alone.
+    """
+
+    def __init__(
+        self, features: StoredFeatures, labels: np.ndarray, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        self.features, self.seed, self.epoch = features, seed, epoch
         self.labels = torch.from_numpy(labels)
 
     def __len__(self) -> int:
@@ -56,7 +62,15 @@ class FeatureDataset(Dataset[Batch]):
 
     def __getitem__(self, positions: list[int]) -> Batch:
         index = torch.as_tensor(positions)
-        return {"features": self.features[index], "label": self.labels[index], "index": index}
+        rows = index
+        if (views := self.features.views) > 1:
+            drawn = uniform(self.seed, self.epoch(), index, 1)[:, 0]
+            rows = index * views + (drawn * views).long()
+        return {"features": self.features[rows], "label": self.labels[index], "index": index}
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 class TransferDataModule(L.LightningDataModule):
@@ -123,7 +137,8 @@ class TransferDataModule(L.LightningDataModule):
         self.seed = seed
         self.stage_index = 0
         self.stage_augments = True
-        self.features: Mapping[str, Tensor] = {}
+        self.features: dict[str, StoredFeatures] = {}
+        self.digests: dict[str, str] = {}
         self.splits: dict[str, ImageDataset] = {}
         self.classes: list[str] = []
 
@@ -132,6 +147,8 @@ class TransferDataModule(L.LightningDataModule):
         return len(self.classes)
 
     def prepare_data(self) -> None:
+        if self.splits:  # every stage's trainer asks again
+            return
         self.source.prepare(self.preprocessing.resize_size)
 
     def setup(self, stage: str | None = None) -> None:
@@ -164,17 +181,20 @@ class TransferDataModule(L.LightningDataModule):
             )
         self.splits = {"train": ImageDataset(loaded.train, keep), **held_out}
 
-    def start_stage(self, index: int, *, augment: bool, features: Mapping[str, Tensor]) -> None:
+    def start_stage(
+        self, index: int, *, augment: bool, features: Mapping[str, StoredFeatures]
+    ) -> None:
         """What differs between stages: the draw, augmentation, and stored features per split."""
         self.stage_index = index
         self.stage_augments = augment
-        self.features = features
+        self.features = dict(features)
 
     def loader(self, split: str, *, train: bool) -> DataLoader[Batch]:
         """This rank's batches of a split; `train` shuffles."""
         dataset: Dataset[Batch] = self.splits[split]
         if split in self.features:
-            dataset = FeatureDataset(self.features[split], self.splits[split].labels)
+            labels = self.splits[split].labels
+            dataset = FeatureDataset(self.features[split], labels, self.stage_seed, self._epoch)
         trainer = self.trainer
         batches = BatchOrder(
             len(self.splits[split]),
@@ -182,7 +202,7 @@ class TransferDataModule(L.LightningDataModule):
             shuffle=train,
             drop_last=train and self.drop_last,
             seed=self.stage_seed,
-            epoch=lambda: trainer.current_epoch if trainer else 0,
+            epoch=self._epoch,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
@@ -197,18 +217,40 @@ class TransferDataModule(L.LightningDataModule):
             batch_size=None,  # the sampler yields whole batches
             num_workers=0 if split in self.features else self.num_workers,
             pin_memory=self.pin_memory,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # a batch, not a list of samples
             generator=torch.Generator(),  # iterating must not consume the global RNG
         )
 
-    def full_loader(self, split: str) -> DataLoader[Batch]:
-        """All images of a split in order, on this process alone."""
-        return DataLoader(
-            self.splits[split],
-            sampler=BatchOrder(len(self.splits[split]), self.eval_batch_size),
-            batch_size=None,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-        )
+    def prepared(
+        self,
+        split: str,
+        rows: Sequence[int] | np.ndarray,
+        device: torch.device,
+        views: str | int = "none",
+    ) -> Tensor:
+        """Images as the backbone takes them, for rows `position * V + view` of a split.
+
+        views: "none", "flip" (the image and its mirror image) or a number of random augmentations,
+            the same ones whatever the run's seed.
+        """
+        count = {"none": 1, "flip": 2}.get(str(views)) or int(views)
+        positions, view = np.divmod(np.asarray(rows), count)
+        batch = self.splits[split][positions.tolist()]
+        images, index = batch["image"].to(device), batch["index"].to(device)
+        if count > 1 and views == "flip":
+            mirrored = torch.from_numpy(view == 1).to(device)[:, None, None, None]
+            images = torch.where(mirrored, images.flip(3), images)
+        elif count > 1 and self.augment is not None:
+            index = index * count + torch.from_numpy(view).to(device)
+            images = self.augment(images, index, seed=0, epoch=0)
+        return self.prepare_images(images)
+
+    def digest(self, split: str) -> str:
+        """SHA-256 of a split's images in their order."""
+        if split not in self.digests:
+            dataset = self.splits[split]
+            self.digests[split] = images_digest(dataset.images, dataset.rows)
+        return self.digests[split]
 
     @property
     def stage_seed(self) -> int:

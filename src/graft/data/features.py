@@ -1,33 +1,93 @@
-"""What is frozen is computed once: outputs of a frozen prefix, stored for a stage to train on."""
+"""What is frozen is computed once: outputs of a frozen prefix, keyed by all that decides them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from graft.data.datamodule import Batch
+from graft.data.shards import ShardedRows
+
+IN_MEMORY_BYTES = 1 << 30  # larger features are read row by row
+DEVICE_SHARE = 0.25  # of free GPU memory that features may take
 
 
-@torch.inference_mode()
-def extract(apply: Callable[[Tensor], Tensor], batches: Iterable[Batch], size: int) -> Tensor:
-    """`apply` over all images, in the order of their index; float32 on the CPU.
+class StoredFeatures:
+    """Features of a split, (N, *shape) or V views of each: row `index * V + view`.
 
-    Args:
-        apply: prepared images (N, 3, H, W) -> (N, ...).
-        batches: dicts with prepared "image" and "index", each example exactly once.
-        size: number of examples.
+    `features[index]` gives float32 rows. Held in memory, or on the GPU, where they fit; otherwise
+    read from disk, so that memory does not grow with the data.
     """
-    stored: Tensor | None = None
-    seen = 0
-    for batch in batches:
-        outputs = apply(batch["image"]).float().cpu()
-        if stored is None:
-            stored = torch.empty((size, *outputs.shape[1:]))
-        stored[batch["index"].cpu()] = outputs
-        seen += len(outputs)
-    if stored is None or seen != size:
-        raise RuntimeError(f"extracted the features of {seen} of {size} images")
-    # A copy outside inference mode: autograd refuses to save inference tensors for backward.
-    return stored.clone()
+
+    def __init__(self, rows: ShardedRows, views: int = 1, device: torch.device | None = None):
+        self.rows, self.views = rows, views
+        self.tensor: Tensor | None = None
+        if device is not None and device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if rows.bytes < DEVICE_SHARE * free:
+                self.tensor = self._load().to(device)
+        elif rows.bytes <= min(IN_MEMORY_BYTES, _free_memory() // 4):
+            self.tensor = self._load()
+
+    def __len__(self) -> int:
+        return self.rows.rows // self.views
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        if self.tensor is not None:
+            return self.tensor[index.to(self.tensor.device)].float()
+        return torch.from_numpy(self.rows.gather(index.numpy())).float()
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All rows in order, in parts that are small."""
+        for block in self.rows.blocks():
+            yield torch.from_numpy(block).float()
+
+    def _load(self) -> Tensor:
+        whole = np.empty((self.rows.rows, *self.rows.row_shape), self.rows.dtype)
+        start = 0
+        for block in self.rows.blocks():
+            whole[start : start + len(block)] = block
+            start += len(block)
+        return torch.from_numpy(whole)
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def images_digest(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> str:
+    """SHA-256 of the chosen images' shape and pixels, in their order."""
+    digest = hashlib.sha256(repr(images.shape[1:]).encode())
+    for start in range(0, len(rows), 2048):
+        digest.update(np.ascontiguousarray(images[rows[start : start + 2048]]).data)
+    return digest.hexdigest()
+
+
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers, its structure, and the code it runs."""
+    digest = hashlib.sha256(repr(module).encode())
+    for name, value in module.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    for kind in sorted({type(m) for m in module.modules()}, key=lambda k: k.__qualname__):
+        if not kind.__module__.startswith("torch."):  # torch's own code is known by its version
+            try:
+                digest.update(inspect.getsource(kind).encode())
+            except (OSError, TypeError):  # made in a notebook or at run time
+                digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+    return digest.hexdigest()
+
+
+def entry_path(cache: Path, parts: Mapping[str, Any]) -> Path:
+    """The folder of features that `parts` describe completely."""
+    content = repr(sorted((key, str(value)) for key, value in parts.items()))
+    return cache / f"features-{hashlib.sha256(content.encode()).hexdigest()[:32]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 from torch.optim import Optimizer
 
-from graft.data.features import extract
-from graft.heads import Standardize
 from graft.loggers import advance
 from graft.transfer.freeze import NormPolicy, Trainable
 from graft.transfer.schedules import Schedule
+from graft.transfer.stored import FeatureStore, measure_head
 
 if TYPE_CHECKING:
     from graft.data.datamodule import TransferDataModule
     from graft.module import TransferModule
+
+NewStore = Callable[..., FeatureStore]
 
 
 @dataclass
@@ -36,6 +36,9 @@ class Stage:
         augment: whether training images are augmented.
         cache: compute what is frozen once. "auto": where the stage does not augment and the
             outputs fit `cache_limit_gb`; "on": or else refuse; "off": recompute every epoch.
+        cache_dtype: "float32", or "float16" for half the size.
+        views: what is stored of each training image: "none" (the image), "flip" (its mirror image
+            too) or a number of random augmentations; each epoch draws one of them.
         optimizer: called with (parameter groups, lr=...).
         layer_decay, head_lr_scale, decay_norm_and_bias: see `param_groups`.
     """
@@ -54,6 +57,8 @@ class Stage:
     decay_norm_and_bias: bool = False
     cache: str = "auto"
     cache_limit_gb: float = 4.0
+    cache_dtype: str = "float32"
+    views: str | int = "none"
 
 
 @dataclass
@@ -71,9 +76,13 @@ def run_stages(
     make_trainer: Callable[[Stage, list[L.Callback]], L.Trainer],
     checkpoints: Path,
     *,
+    new_store: NewStore,
     on_stage: Callable[[Stage], None] = lambda stage: None,
 ) -> list[StageResult]:
     """Fit the stages in order; each ends with the weights of its best `val/acc`.
+
+    Args:
+        new_store: called with (module, datamodule, stage, precision=...) for its stored features.
 
     Separate fits, rather than unfreezing within one, because DDP learns what trains when it wraps
     the module: what is unfrozen later is never synchronised.
@@ -84,7 +93,7 @@ def run_stages(
         module.start_stage(stage)
         best, last = _checkpoints(checkpoints / stage.name)
         on_stage(stage)
-        trainer = make_trainer(stage, [best, last, StartStage(stage, index, datamodule)])
+        trainer = make_trainer(stage, [best, last, StartStage(stage, index, datamodule, new_store)])
         trainer.fit(module, datamodule=datamodule)
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -114,89 +123,27 @@ def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
 class StartStage(L.Callback):
     """Hands the datamodule its stage and stored features, once every rank's device is known."""
 
-    def __init__(self, stage: Stage, index: int, datamodule: TransferDataModule) -> None:
+    def __init__(
+        self, stage: Stage, index: int, datamodule: TransferDataModule, new_store: NewStore
+    ) -> None:
         self.stage = stage
         self.index = index
         self.datamodule = datamodule
+        self.new_store = new_store
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = cast("TransferModule", pl_module)
         module.to(trainer.strategy.root_device)
-        features = stored_features(module, self.datamodule, self.stage)
+        store = self.new_store(
+            module, self.datamodule, self.stage, precision=trainer.precision_plugin
+        )
+        splits = ("test",) if stage == "test" else ("train", "val")
+        features = store.features(splits)
         self.datamodule.start_stage(self.index, augment=self.stage.augment, features=features)
-        _measure_head(module, self.datamodule)
+        if stage != "test":
+            measure_head(module, store, features.get("train"))
 
 
 def load_checkpoint(module: TransferModule, path: Path) -> None:
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(state)
-
-
-def stored_features(
-    module: TransferModule, datamodule: TransferDataModule, stage: Stage
-) -> Mapping[str, Tensor]:
-    """Outputs of the frozen prefix for train and val, where the stage can train from them."""
-    blocks = module.backbone.blocks
-    if stage.cache not in ("auto", "on", "off"):
-        raise ValueError(f"cache={stage.cache}: must be auto, on or off")
-    if stage.cache == "off":
-        return {}
-    reason = None
-    if module.cut == 0:
-        reason = "its first block learns"
-    elif stage.augment and datamodule.augment is not None:
-        reason = "it augments the images"
-    elif module.backbone.taps is not None and module.cut < len(blocks):
-        reason = "taps need the earlier blocks"
-    if reason is None:
-        gigabytes = _features_gb(module, datamodule)
-        if gigabytes > stage.cache_limit_gb:
-            reason = f"its outputs would take {gigabytes:.1f} GB (cache_limit_gb)"
-    if reason is not None:
-        if stage.cache == "on":
-            raise ValueError(f"stage {stage.name}: cache=on is not possible: {reason}")
-        return {}
-
-    return {split: _extract(module, datamodule, split, module.cut) for split in ("train", "val")}
-
-
-def _prefix(module: TransferModule, cut: int) -> Callable[[Tensor], Tensor]:
-    backbone = module.backbone
-    return backbone if cut == len(backbone.blocks) else backbone.blocks[:cut]
-
-
-def _features_gb(module: TransferModule, datamodule: TransferDataModule) -> float:
-    size = datamodule.preprocessing.crop_size
-    blank = torch.zeros(1, 3, size, size, device=module.device)
-    was_training = module.training
-    module.eval()
-    with torch.inference_mode():
-        width = _prefix(module, module.cut)(blank).numel()
-    module.train(was_training)
-    return width * 4 * (len(datamodule.splits["train"]) + len(datamodule.splits["val"])) / 1e9
-
-
-def _extract(
-    module: TransferModule, datamodule: TransferDataModule, split: str, cut: int
-) -> Tensor:
-    """Un-augmented outputs of `blocks[:cut]` for a whole split, in its order."""
-    was_training = module.training
-    module.eval()
-    batches = (
-        datamodule.transform({k: v.to(module.device) for k, v in batch.items()}, augment=False)
-        for batch in datamodule.full_loader(split)
-    )
-    features = extract(_prefix(module, cut), batches, len(datamodule.splits[split]))
-    module.train(was_training)
-    return features
-
-
-def _measure_head(module: TransferModule, datamodule: TransferDataModule) -> None:
-    """Fix the head's feature statistics on the training images, once in a plan."""
-    norm = module.head.norm
-    if not isinstance(norm, Standardize) or norm.measured:
-        return
-    stored = datamodule.features.get("train")
-    if stored is None or module.cut < len(module.backbone.blocks):
-        stored = _extract(module, datamodule, "train", len(module.backbone.blocks))
-    norm.measure(stored)

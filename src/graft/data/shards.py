@@ -1,0 +1,191 @@
+"""Rows on disk in shards: written by any number of processes at once, checked when opened.
+
+A shard's file is named `00003-1a2b3c4d.npy`: its number and the CRC-32 of its bytes. One rename
+publishes content and checksum together, so a shard is whole, torn (and noticed), or absent; a
+build that was killed goes on with the shards it lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from graft.data.source import NpyWriter, locked
+
+log = logging.getLogger(__name__)
+
+SHARD_BYTES = 16 << 20  # small enough that ranks share the work and a kill loses seconds
+MOST_SHARDS = 500  # each is an open file while it is read
+
+Compute = Callable[[NDArray[np.int64]], NDArray[Any]]
+"""Positions (n,) -> their rows (n, *row_shape)."""
+
+
+class ShardedRows:
+    """`rows` rows of one shape and dtype in the folder `path`.
+
+    Args:
+        about: what the rows are, for a person; written into `about.json`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        row_shape: tuple[int, ...],
+        dtype: str = "float32",
+        *,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.path, self.rows, self.row_shape = path, rows, row_shape
+        self.dtype = np.dtype(dtype)
+        self.row_bytes = int(np.prod(row_shape)) * self.dtype.itemsize
+        wanted = max(SHARD_BYTES, self.bytes // MOST_SHARDS) // max(1, self.row_bytes)
+        self.shard_rows = max(1, min(wanted, rows))
+        self.about = about or {}
+        self._checked: dict[int, Path] = {}
+        self._open: dict[int, tuple[int, int]] = {}  # shard -> (file descriptor, where rows start)
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    @property
+    def shards(self) -> range:
+        return range(-(-self.rows // self.shard_rows))
+
+    def positions(self, shard: int) -> NDArray[np.int64]:
+        start = shard * self.shard_rows
+        return np.arange(start, min(start + self.shard_rows, self.rows))
+
+    def missing(self) -> list[int]:
+        """Shards to be written; a damaged one is deleted and counts as missing."""
+        return [shard for shard in self.shards if self._find(shard) is None]
+
+    def fill(self, compute: Compute, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compute and write what is missing, sharing the work with whoever else fills this folder.
+
+        Raises:
+            OSError: the disk does not hold it; what was written so far stays and will be used.
+        """
+        waiting = self.missing()
+        if waiting:
+            self._make_room(len(waiting))
+        while waiting:
+            got_one = False
+            for shard in waiting:
+                lock = FileLock(self.path / f"{shard:05d}.lock")
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    continue  # somebody computes it right now
+                try:
+                    if self._find(shard) is None:
+                        self._write(shard, compute(self.positions(shard)))
+                    got_one = True
+                finally:
+                    lock.release()
+                    Path(lock.lock_file).unlink(missing_ok=True)
+                if progress is not None:
+                    progress(len(self._checked), len(self.shards))
+            waiting = self.missing()
+            if waiting and not got_one:
+                with locked(self.path / f"{waiting[0]:05d}.lock"):
+                    pass  # its writer has finished, or was killed: look again
+
+    def gather(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows in the order of `index`, read one by one: nothing stays in this process's memory,
+        as the pages of a memory map would.
+        """
+        out = np.empty((len(index), *self.row_shape), self.dtype)
+        view, size = out.reshape(-1).view(np.uint8).data, self.row_bytes
+        for i, row in enumerate(index.tolist()):
+            file, start = self._opened(row // self.shard_rows)
+            where = start + row % self.shard_rows * size
+            os.preadv(file, [view[i * size : (i + 1) * size]], where)
+        return out
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """All rows in order, a shard at a time."""
+        for shard in self.shards:
+            yield np.load(self._path(shard))
+
+    def close(self) -> None:
+        for file, _ in self._open.values():
+            os.close(file)
+        self._open.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _opened(self, shard: int) -> tuple[int, int]:
+        if shard not in self._open:
+            path = self._path(shard)
+            start = path.stat().st_size - len(self.positions(shard)) * self.row_bytes
+            self._open[shard] = (os.open(path, os.O_RDONLY), start)
+        return self._open[shard]
+
+    def _path(self, shard: int) -> Path:
+        path = self._find(shard)
+        if path is None:
+            raise FileNotFoundError(f"{self.path}: shard {shard} is gone; start the run again")
+        return path
+
+    def _find(self, shard: int) -> Path | None:
+        if shard not in self._checked:
+            for path in sorted(self.path.glob(f"{shard:05d}-*.npy")):
+                if is_whole(path):
+                    self._checked[shard] = path
+                    break
+                log.warning("%s is damaged and will be computed again", path)
+                path.unlink(missing_ok=True)
+        return self._checked.get(shard)
+
+    def _write(self, shard: int, rows: NDArray[Any]) -> None:
+        partial = self.path / f"{shard:05d}.partial"
+        try:
+            with NpyWriter(partial, self.row_shape, self.dtype.type) as file:
+                file.append(rows)
+            path = self.path / f"{shard:05d}-{checksum(partial):08x}.npy"
+            self._checked[shard] = partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self, missing: int) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        needed = min(missing * self.shard_rows, self.rows) * self.row_bytes
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise OSError(
+                f"stored features need {needed / 1e9:.2f} GB in {self.path.parent}, where "
+                f"{free / 1e9:.2f} GB are free: set paths.cache to another disk, `graft cache "
+                "prune`, or the stage's cache=off"
+            )
+        about = self.path / "about.json"
+        if not about.is_file():
+            with contextlib.suppress(FileExistsError), about.open("x", encoding="utf-8") as file:
+                json.dump({**self.about, "gigabytes": round(self.bytes / 1e9, 4)}, file, indent=1)
+
+
+def checksum(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard's bytes are those it was written with."""
+    return path.stem.rpartition("-")[2] == f"{checksum(path):08x}"
