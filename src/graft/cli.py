@@ -17,6 +17,8 @@ commands:
                            graft train experiment=cifar10_linear_probe backbone=resnet18
                            graft train -m optimizer.lr=0.01,0.1           a sweep
                            graft train --help | --cfg job                 options, resolved config
+  cache [list|verify|prune]
+                           decoded images and frozen features on disk: sizes, checksums, clean-up
 
 Everything about a run is in its folder under logs/; `tensorboard --logdir logs` compares runs.
 """
@@ -33,5 +35,9 @@ def main() -> None:
         # command (`python -m graft.train OVERRIDES`) and Hydra sees its arguments alone.
         del sys.argv[1]
         runpy.run_module("graft.train", run_name="__main__", alter_sys=True)
+    elif command == "cache":
+        from graft.runs.cache import main as cache
+
+        cache(sys.argv[2:])
     else:
-        sys.exit(f"graft: no command {command!r}; commands: train (see graft --help)")
+        sys.exit(f"graft: no command {command!r}; commands: train, cache (see graft --help)")

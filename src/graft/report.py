@@ -39,7 +39,7 @@ def print_start(
     say(f"data      {sizes} images, {len(classes)} classes ({names})")
     say(f"input     {p.crop_size} x {p.crop_size} px{crop}, normalised as the weights expect")
     say(
-        f"backbone  {backbone.description or 'random weights'}: "
+        f"backbone  {backbone.description or 'no weights named'}: "
         f"{_count(backbone):,} parameters, {len(backbone.blocks)} blocks, "
         f"{backbone.num_features} features"
     )

@@ -80,8 +80,9 @@ def resnet_cifar(
     for module in nn.ModuleList(blocks.values()).modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    backbone = Backbone(blocks, CIFAR10_PREPROCESSING, taps=taps)
+    made_of = f"weights {weights}" if weights is not None else "random weights"
+    description = f"ResNet-{depth} for 32 px, {made_of}"
+    backbone = Backbone(blocks, CIFAR10_PREPROCESSING, taps=taps, description=description)
     if weights is not None:
         load_into(backbone, EMBEDDED if weights == "CIFAR10" else weights)
-        backbone.description = f"weights {weights}"
     return backbone

@@ -141,7 +141,7 @@ class FeatureStore:
         }
         shape = tuple(prefix(data.prepared(split, range(1), module.device)).shape[1:])
         about = {
-            "backbone": module.backbone.description,
+            "backbone": module.backbone.description or "a backbone",
             "blocks": f"{module.cut} of {len(module.backbone.blocks)}",
             "rows": f"{len(data.splits[split])} images of {split}, {views} views",
             "input": f"{data.preprocessing.crop_size} px",
