@@ -236,8 +236,10 @@ def test_folding_batchnorm_changes_neither_features_nor_the_backbone(model: str)
     backbone = torchvision_backbone(model=model)
     for module in backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
     state = {k: v.clone() for k, v in backbone.state_dict().items()}
     prefix = FrozenPrefix(backbone, len(backbone.blocks))
     images = torch.randn(2, 3, 64, 64)
