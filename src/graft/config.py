@@ -45,6 +45,14 @@ def _one_of(*options: str) -> Check:
     return f"one of {', '.join(options)}", lambda v: v in options
 
 
+def _range(wanted: str, largest: float) -> Check:
+    def accepts(v: Any) -> bool:
+        pair = isinstance(v, list) and len(v) == 2 and all(_number(end) for end in v)
+        return pair and 0 < v[0] <= v[1] <= largest
+
+    return wanted, accepts
+
+
 # Values by key; `*` stands for one name. What is not listed is checked by whoever takes it.
 CHECKS: dict[str, Check] = {
     "seed": NATURAL,
@@ -63,7 +71,13 @@ CHECKS: dict[str, Check] = {
     "data.num_workers": NATURAL,
     "data.pin_memory": BOOL,
     "data.augment.shift": BELOW_ONE,
+    "data.resident": _one_of("auto", "on", "off"),
     "data.augment.flip": PROBABILITY,
+    "data.augment.scale": _or_null(_range("two areas above 0 and up to 1, like [0.08, 1]", 1.0)),
+    "data.augment.ratio": _range("two numbers above 0, like [0.75, 1.33]", float("inf")),
+    "data.augment.erase": PROBABILITY,
+    "data.augment.mixup": NOT_NEGATIVE,
+    "data.augment.cutmix": NOT_NEGATIVE,
     "head.dropout": BELOW_ONE,
     "head.norm": _one_of("none", "standardize", "batchnorm"),
     "head.num_classes": _or_null(POSITIVE_INT),

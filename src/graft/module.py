@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from graft.backbones.base import Backbone
-from graft.data.datamodule import Batch
+from graft.data.datasets import Batch
 from graft.heads import Head
 from graft.transfer.freeze import batch_norms, freeze_for_stage, learning_blocks, set_modes
 from graft.transfer.param_groups import param_groups
@@ -26,7 +26,8 @@ class TransferModule(L.LightningModule):
     """Backbone and head under one of the stages of a transfer plan.
 
     Call `start_stage` before each `fit`: it decides what learns. Batches are dicts with "label"
-    and either "image" (N, 3, H, W) or "features" (stored outputs of the frozen prefix).
+    and either "image" (N, 3, H, W) or "features" (stored outputs of the frozen prefix); training
+    batches may carry soft labels, "target" (N, num_classes).
 
     Args:
         label_smoothing: of the training loss; validation and test report plain cross-entropy.
@@ -78,7 +79,9 @@ class TransferModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(
-            self._logits(batch), batch["label"], label_smoothing=self.label_smoothing
+            self._logits(batch),
+            batch.get("target", batch["label"]),  # probabilities, where images are mixed
+            label_smoothing=self.label_smoothing,
         )
         self.train_loss.update(loss.detach())
         # `self.log` takes as long as a step of a small head: it is called when something is due.

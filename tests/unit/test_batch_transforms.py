@@ -8,7 +8,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from graft.backbones.base import Preprocessing
-from graft.data.batch_transforms import Augment, Prepare, uniform
+from graft.data.batch_transforms import Augment, Prepare
+from graft.data.draws import uniform
 
 
 def images(n: int, size: int, seed: int = 0) -> torch.Tensor:

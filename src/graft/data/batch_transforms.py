@@ -1,11 +1,12 @@
 """Transforms of a whole uint8 batch on its device: augmentation, resize, crop, normalisation.
 
-Training differs from evaluation by a random shift and mirror at the stored resolution; geometry
-and normalisation are the same code for both, so they cannot drift apart.
+Training differs from evaluation by what `Augment` does; geometry and normalisation are the same
+code for both, so they cannot drift apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,14 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graft.backbones.base import Interpolation, Preprocessing
+from graft.data.boxes import BOX_DRAWS, box_matrices, inside, random_boxes
+from graft.data.draws import CROP, ERASE, MOVE, uniform
+from graft.data.mixing import mix
 
-CPU_CHUNK = 16  # images; a chunk at 224 px stays in the CPU's cache, a batch does not
-MASK64 = (1 << 64) - 1
+CPU_CHUNK = 150_000  # px, input or output: a chunk stays in a core's cache, a batch does not
+SMALL = 64  # px: up to here dense matrices beat `interpolate`, which skips their zeros, on a CPU
+ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # Zhong et al. 2017
 
 
 @dataclass(frozen=True)
 class Augment:
     """What happens to a training image, as a pure function of (seed, epoch, index).
+
+    Only the partner in `mixup` and `cutmix` also depends on the batch: see `mix`.
 
     Args:
         shift: largest shift in each direction, as a fraction of the stored side; the border is
@@ -29,27 +36,83 @@ class Augment:
             Where the evaluation crops (256 to 224: a margin of 1/16), a shift of 0.0625 is
             exactly the usual random crop.
         flip: probability of a horizontal mirror image.
+        scale: smallest and largest area of a random resized crop, as a fraction of the stored
+            image; it takes the place of the shift, and of the evaluation's resize and crop.
+        ratio: smallest and largest width / height of that crop.
+        erase: probability that a box of 2 to 33 % of the area becomes the mean colour.
+        mixup, cutmix: alpha of each; 0 is off.
     """
 
     shift: float = 0.125
     flip: float = 0.5
+    scale: Sequence[float] | None = None
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.shift < 1:
             raise ValueError(f"data.augment.shift={self.shift}: must be in [0, 1)")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.augment.flip={self.flip}: must be in [0, 1]")
+        for name in ("flip", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.augment.{name}={getattr(self, name)}: must be in [0, 1]")
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"data.augment.scale={self.scale}: must be two areas in (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"data.augment.ratio={self.ratio}: must be two numbers above 0")
+        if min(self.mixup, self.cutmix) < 0:
+            raise ValueError("data.augment.mixup and cutmix must be 0 or more")
 
     def __call__(self, images: Tensor, index: Tensor, *, seed: int, epoch: int) -> Tensor:
         """(N, 3, H, W) uint8 -> the same shape, each image moved by its own draw."""
-        u = uniform(seed, epoch, index, 3)
-        rows = _shifted(images.shape[2], self.shift, u[:, 0])
-        columns = _shifted(images.shape[3], self.shift, u[:, 1])
+        u = uniform(seed, epoch, index, 3, first=MOVE)
         mirrored = (u[:, 2] < self.flip)[:, None]
-        columns = torch.where(mirrored, columns.flip(1), columns)
+        if self.scale is not None or not self.shift:  # nothing is shifted
+            return torch.where(mirrored[:, :, None, None], images.flip(3), images)
         n, c, h, w = images.shape
-        images = images.gather(2, rows[:, None, :, None].expand(n, c, h, w))
-        return images.gather(3, columns[:, None, None, :].expand(n, c, h, w))
+        rows = _shifted(h, self.shift, u[:, 0])
+        columns = _shifted(w, self.shift, u[:, 1])
+        columns = torch.where(mirrored, columns.flip(1), columns)
+        pixel = (rows[:, :, None] * w + columns[:, None, :]).view(n, 1, h * w)
+        return images.reshape(n, c, h * w).gather(2, pixel.expand(n, c, h * w)).view(n, c, h, w)
+
+    def batch(
+        self,
+        batch: dict[str, Tensor],
+        prepare: Prepare,
+        num_classes: int,
+        *,
+        seed: int,
+        epoch: int,
+    ) -> dict[str, Tensor]:
+        """A training batch, prepared; with soft labels "target" (N, num_classes) if it is mixed."""
+        index = batch["index"]
+        images = self(batch["image"], index, seed=seed, epoch=epoch)
+        boxes = None
+        if self.scale is not None:
+            u = uniform(seed, epoch, index, BOX_DRAWS, first=CROP)
+            boxes = random_boxes(u, images.shape[2], images.shape[3], self.scale, self.ratio)
+        images = prepare(images, boxes)
+        if self.erase:
+            u = uniform(seed, epoch, index, 1 + BOX_DRAWS, first=ERASE)
+            height, width = images.shape[2:]
+            boxes = random_boxes(u[:, 1:], height, width, ERASED_AREA, ERASED_RATIO)
+            erased = inside(boxes, height, width) & (u[:, 0] < self.erase)[:, None, None, None]
+            images = images.masked_fill_(erased, 0.0)
+        if not (self.mixup or self.cutmix):
+            return {**batch, "image": images}
+        images, target = mix(
+            images,
+            batch["label"],
+            index,
+            num_classes,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            seed=seed,
+            epoch=epoch,
+        )
+        return {**batch, "image": images, "target": target}
 
 
 def _shifted(size: int, fraction: float, u: Tensor) -> Tensor:
@@ -60,79 +123,96 @@ def _shifted(size: int, fraction: float, u: Tensor) -> Tensor:
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
 
-def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
-    """(N, draws) numbers in [0, 1) that depend on nothing but (seed, epoch, index, draw).
-
-    Counter-based (splitmix64, Steele et al. 2014): no generator state to save or to share, so the
-    stream does not depend on batch composition, workers, ranks or what ran before.
-    """
-    key = _mix(_mix(seed & MASK64) + epoch & MASK64)
-    key = key - (1 << 64) if key >> 63 else key
-    counter = index.long()[:, None] * 64 + torch.arange(draws, device=index.device)[None]
-    z = counter * -7046029254386353131 + key  # the golden ratio's 0x9E3779B97F4A7C15
-    z = (z ^ _shift_right(z, 30)) * -4658895280553007687
-    z = (z ^ _shift_right(z, 27)) * -7723592293110705685
-    z = z ^ _shift_right(z, 31)
-    return _shift_right(z, 40).float() / (1 << 24)
-
-
-def _mix(z: int) -> int:
-    z = (z + 0x9E3779B97F4A7C15) & MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
-    return z ^ (z >> 31)
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts keep the sign; drop it
-
-
 class Prepare:
     """uint8 images to what the backbone expects: resize, central crop, normalise.
 
-    The resize is two small matrix products whose matrices are torch's own antialiased
-    `interpolate` applied to the identity; the crop keeps the rows it needs.
+    The resize is torch's antialiased `interpolate`, or that as two small matrix products where
+    these are faster: its matrices are `interpolate` applied to the identity.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 -> (N, 3, crop_size, crop_size) float32, channels last."""
-        p = self.preprocessing
-        rows, columns = _axes(images.shape[2], images.shape[3], p)
-        rows, columns = rows.to(images.device), columns.to(images.device)
-        mean = torch.tensor(p.mean, device=images.device)[:, None, None]
-        scale = 1 / (255 * torch.tensor(p.std, device=images.device))[:, None, None]
-        resize = images.shape[2:] != (p.crop_size, p.crop_size) or p.resize_size != p.crop_size
+    def __call__(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N, 3, crop_size, crop_size) float32, channels last.
+
+        Args:
+            boxes: (N, 4) top, left, height, width: each image's own part to be resized to
+                `crop_size`, in place of the resize and the central crop.
+        """
+        crop = self.preprocessing.crop_size
+        height, width = images.shape[2:]
         out = torch.empty(
-            (len(images), 3, p.crop_size, p.crop_size),
+            (len(images), 3, crop, crop),
             device=images.device,
             memory_format=torch.channels_last,
         )
-        chunk = CPU_CHUNK if resize and images.device.type == "cpu" else max(len(images), 1)
+        chunk = max(len(images), 1)
+        if images.device.type == "cpu":
+            chunk = max(1, CPU_CHUNK // max(height * width, crop * crop))
         for start in range(0, len(images), chunk):
-            x = (images[start : start + chunk] - 255 * mean) * scale
-            out[start : start + chunk] = rows @ (x @ columns.T) if resize else x
+            part = slice(start, start + chunk)
+            if boxes is None:
+                self._resize(images[part], out[part])
+            else:
+                self._resize_boxes(images[part], boxes[part], out[part])
         return out
 
+    def _resize(self, images: Tensor, out: Tensor) -> None:
+        p = self.preprocessing
+        height, width = images.shape[2:]
+        shorter = min(height, width)
+        resized = [int(p.resize_size * side / shorter) for side in (height, width)]
+        if p.crop_size > min(resized):
+            raise ValueError(
+                f"crop of {p.crop_size} px from an image resized to {min(resized)} px: must fit"
+            )
+        top, left = (round((side - p.crop_size) / 2) for side in resized)
+        crop = (..., slice(top, top + p.crop_size), slice(left, left + p.crop_size))
+        if resized == [height, width]:
+            out[:] = self._normalised(images[crop])
+        elif _sparse(images):
+            x = self._normalised(images)
+            out[:] = F.interpolate(x, size=resized, mode=p.interpolation, antialias=True)[crop]
+        else:
+            rows = resize_matrix(height, resized[0], p.interpolation, images.device)[crop[1]]
+            columns = resize_matrix(width, resized[1], p.interpolation, images.device)[crop[2]]
+            out[:] = rows @ (self._normalised(images) @ columns.T)
 
-def _axes(height: int, width: int, p: Preprocessing) -> tuple[Tensor, Tensor]:
-    shorter = min(height, width)
-    return (
-        resize_matrix(height, int(p.resize_size * height / shorter), p.crop_size, p.interpolation),
-        resize_matrix(width, int(p.resize_size * width / shorter), p.crop_size, p.interpolation),
-    )
+    def _resize_boxes(self, images: Tensor, boxes: Tensor, out: Tensor) -> None:
+        size, mode = self.preprocessing.crop_size, self.preprocessing.interpolation
+        x = self._normalised(images)
+        if _sparse(images):
+            for i, (top, left, h, w) in enumerate(boxes.tolist()):
+                part = x[i : i + 1, :, top : top + h, left : left + w]
+                out[i : i + 1] = F.interpolate(part, size=(size, size), mode=mode, antialias=True)
+            return
+        top, left, h, w = boxes.unbind(1)
+        rows = box_matrices(top, h, images.shape[2], size, mode)
+        columns = box_matrices(left, w, images.shape[3], size, mode)
+        out[:] = rows[:, None] @ (x @ columns.mT[:, None])
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        p = self.preprocessing
+        offset, scale = _statistics(tuple(p.mean), tuple(p.std), images.device)
+        return (images - offset) * scale
+
+
+def _sparse(images: Tensor) -> bool:
+    return images.device.type == "cpu" and max(images.shape[2:]) > SMALL
 
 
 @lru_cache(maxsize=32)
-def resize_matrix(size: int, resized: int, crop: int, mode: Interpolation) -> Tensor:
-    """(crop, size): the central `crop` rows of the matrix that resizes an axis to `resized`."""
-    if crop > resized:
-        raise ValueError(f"crop of {crop} px from an image resized to {resized} px: must fit")
+def resize_matrix(size: int, resized: int, mode: Interpolation, device: torch.device) -> Tensor:
+    """(resized, size): resizes an axis."""
     identity = torch.eye(size)[None, None]
-    matrix = F.interpolate(
-        identity, size=(resized, size), mode=mode, antialias=True, align_corners=False
-    )[0, 0]
-    start = round((resized - crop) / 2)
-    return matrix[start : start + crop].contiguous()
+    return F.interpolate(identity, size=(resized, size), mode=mode, antialias=True)[0, 0].to(device)
+
+
+@lru_cache(maxsize=32)
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation of grey levels 0 to 255, as (3, 1, 1)."""
+    offset = 255 * torch.tensor(mean, device=device)[:, None, None]
+    return offset, 1 / (255 * torch.tensor(std, device=device))[:, None, None]

@@ -10,63 +10,18 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graft.backbones.base import Preprocessing
-from graft.data.batch_transforms import Augment, Prepare, uniform
+from graft.data.batch_transforms import Augment, Prepare
+from graft.data.datasets import Batch, FeatureDataset, ImageDataset
 from graft.data.features import StoredFeatures, images_digest
+from graft.data.resident import ResidentDataset, resides
+from graft.data.sample_transform import SampleTransformed, WithEpoch
 from graft.data.sampler import BatchOrder
-from graft.data.source import Source, Split
+from graft.data.source import Source
 from graft.data.subset import shots_per_class as draw_shots
 from graft.data.subset import stratified_fraction, stratified_split
-
-Batch = dict[str, Tensor]
-
-
-class ImageDataset(Dataset[Batch]):
-    """Chosen rows of a split, a batch by one indexing call: `dataset[list of positions]`.
-
-    Rows are looked up, not copied out: a subset of memory-mapped images stays on disk.
-    """
-
-    def __init__(self, split: Split, rows: np.ndarray | None = None) -> None:
-        self.images = split.images
-        self.rows = np.arange(len(split.labels)) if rows is None else rows
-        self.labels = split.labels[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        return {
-            "image": torch.from_numpy(np.asarray(self.images[self.rows[positions]])),
-            "label": torch.from_numpy(self.labels[positions]),
-            "index": torch.as_tensor(positions),
-        }
-
-
-class FeatureDataset(Dataset[Batch]):
-    """The same positions and labels, with stored features in place of images.
-
-    Of several views of an image, each epoch draws one, from (seed, epoch, index) alone.
-    """
-
-    def __init__(
-        self, features: StoredFeatures, labels: np.ndarray, seed: int, epoch: Callable[[], int]
-    ) -> None:
-        self.features, self.seed, self.epoch = features, seed, epoch
-        self.labels = torch.from_numpy(labels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        index = torch.as_tensor(positions)
-        rows = index
-        if (views := self.features.views) > 1:
-            drawn = uniform(self.seed, self.epoch(), index, 1)[:, 0]
-            rows = index * views + (drawn * views).long()
-        return {"features": self.features[rows], "label": self.labels[index], "index": index}
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -82,6 +37,8 @@ class TransferDataModule(L.LightningDataModule):
         image_size: side in px of the images the backbone gets. None takes the weights' own resize
             and crop; a number resizes the whole image to it, without a crop.
         resize_size: shorter side before the central crop, if other than `image_size`.
+        sample_transform: for single training images, in the workers; see `SampleTransformed`.
+        resident: whether images live on the GPU: "auto", "on" or "off"; see `resides`.
         val_fraction: part of the training images held out for model selection, where the source
             has no validation split of its own. Stratified and drawn with `split_seed`, never with
             the run's seed. Likewise `test_fraction` where there is no test split.
@@ -101,6 +58,8 @@ class TransferDataModule(L.LightningDataModule):
         image_size: int | None = None,
         resize_size: int | None = None,
         augment: Augment | None = None,
+        sample_transform: Callable[[Tensor], Tensor] | None = None,
+        resident: str = "auto",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
@@ -114,6 +73,8 @@ class TransferDataModule(L.LightningDataModule):
         super().__init__()
         if train_fraction != 1.0 and shots_per_class is not None:
             raise ValueError("data.train_fraction and data.shots_per_class exclude each other")
+        if resident == "on" and sample_transform is not None:
+            raise ValueError("data.resident=on and data.sample_transform exclude each other")
         self.source = source
         if image_size is not None or resize_size is not None:
             crop = image_size or preprocessing.crop_size
@@ -124,6 +85,9 @@ class TransferDataModule(L.LightningDataModule):
         self.preprocessing = preprocessing
         self.prepare_images = Prepare(preprocessing)
         self.augment = augment
+        self.sample_transform = sample_transform
+        self.resident = resident
+        self.residents: dict[str, ResidentDataset] = {}
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
@@ -192,9 +156,6 @@ class TransferDataModule(L.LightningDataModule):
     def loader(self, split: str, *, train: bool) -> DataLoader[Batch]:
         """This rank's batches of a split; `train` shuffles."""
         dataset: Dataset[Batch] = self.splits[split]
-        if split in self.features:
-            labels = self.splits[split].labels
-            dataset = FeatureDataset(self.features[split], labels, self.stage_seed, self._epoch)
         trainer = self.trainer
         batches = BatchOrder(
             len(self.splits[split]),
@@ -211,12 +172,25 @@ class TransferDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} on {batches.world_size} processes is larger "
                 f"than the {batches.size} training images"
             )
+        sampler: Sampler[Any] = batches
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        if split in self.features:
+            labels = self.splits[split].labels
+            dataset = FeatureDataset(self.features[split], labels, self.stage_seed, self._epoch)
+        elif train and self.stage_augments and self.sample_transform is not None:
+            dataset = SampleTransformed(self.splits[split], self.sample_transform, self.stage_seed)
+            sampler = WithEpoch(batches)
+        elif split in self.residents or resides(self.resident, self.splits[split], device):
+            if split not in self.residents:
+                self.residents[split] = ResidentDataset(self.splits[split], device)
+            dataset = self.residents[split]
+        on_host = isinstance(dataset, ImageDataset | SampleTransformed)
         return DataLoader(
             dataset,
-            sampler=batches,
+            sampler=sampler,
             batch_size=None,  # the sampler yields whole batches
-            num_workers=0 if split in self.features else self.num_workers,
-            pin_memory=self.pin_memory,
+            num_workers=self.num_workers if on_host else 0,
+            pin_memory=self.pin_memory and on_host,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # a batch, not a list of samples
             generator=torch.Generator(),  # iterating must not consume the global RNG
         )
@@ -241,8 +215,11 @@ class TransferDataModule(L.LightningDataModule):
             mirrored = torch.from_numpy(view == 1).to(device)[:, None, None, None]
             images = torch.where(mirrored, images.flip(3), images)
         elif count > 1 and self.augment is not None:
+            # Not mixed: a view is of one image.
+            augment = dataclasses.replace(self.augment, mixup=0.0, cutmix=0.0)
             index = index * count + torch.from_numpy(view).to(device)
-            images = self.augment(images, index, seed=0, epoch=0)
+            drawn = {"image": images, "index": index}
+            return augment.batch(drawn, self.prepare_images, 0, seed=0, epoch=0)["image"]
         return self.prepare_images(images)
 
     def digest(self, split: str) -> str:
@@ -277,10 +254,11 @@ class TransferDataModule(L.LightningDataModule):
 
     def transform(self, batch: Batch, *, augment: bool, epoch: int = 0) -> Batch:
         """The batch with its images normalised; augmented first if the stage augments."""
-        images = batch["image"]
         if augment and self.stage_augments and self.augment is not None:
-            images = self.augment(images, batch["index"], seed=self.stage_seed, epoch=epoch)
-        return {**batch, "image": self.prepare_images(images)}
+            return self.augment.batch(
+                batch, self.prepare_images, self.num_classes, seed=self.stage_seed, epoch=epoch
+            )
+        return {**batch, "image": self.prepare_images(batch["image"])}
 
     def describe(self) -> dict[str, Any]:
         """Sizes for the start-up summary."""

@@ -31,7 +31,7 @@ def why_not(module: TransferModule, datamodule: TransferDataModule, stage: Stage
     """Why a stage can't train from stored features; None if it can."""
     if module.cut == 0:
         return "its first block learns"
-    if stage.augment and datamodule.augment is not None:
+    if stage.augment and (datamodule.augment or datamodule.sample_transform) is not None:
         return "it augments the images (transfer.stages.STAGE.views stores augmented ones)"
     if module.cut < len(module.backbone.blocks):
         if module.backbone.taps is not None:

@@ -1,0 +1,62 @@
+"""Chosen rows of a split as batches: of images, or of stored features in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from graft.data.draws import VIEW, uniform
+from graft.data.features import StoredFeatures
+from graft.data.source import Split
+
+Batch = dict[str, Tensor]
+
+
+class ImageDataset(Dataset[Batch]):
+    """Chosen rows of a split, a batch by one indexing call: `dataset[list of positions]`.
+
+    Rows are looked up, not copied out: a subset of memory-mapped images stays on disk.
+    """
+
+    def __init__(self, split: Split, rows: np.ndarray | None = None) -> None:
+        self.images = split.images
+        self.rows = np.arange(len(split.labels)) if rows is None else rows
+        self.labels = split.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        return {
+            "image": torch.from_numpy(np.asarray(self.images[self.rows[positions]])),
+            "label": torch.from_numpy(self.labels[positions]),
+            "index": torch.as_tensor(positions),
+        }
+
+
+class FeatureDataset(Dataset[Batch]):
+    """The same positions and labels, with stored features in place of images.
+
+    Of several views of an image, each epoch draws one, from (seed, epoch, index) alone.
+    """
+
+    def __init__(
+        self, features: StoredFeatures, labels: np.ndarray, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        self.features, self.seed, self.epoch = features, seed, epoch
+        self.labels = torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        index = torch.as_tensor(positions)
+        rows = index
+        if (views := self.features.views) > 1:
+            drawn = uniform(self.seed, self.epoch(), index, 1, first=VIEW)[:, 0]
+            rows = index * views + (drawn * views).long()
+        return {"features": self.features[rows], "label": self.labels[index], "index": index}

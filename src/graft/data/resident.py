@@ -1,0 +1,52 @@
+"""Images that live on the GPU: no worker, no copy per batch, one indexing kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from graft.data.datasets import Batch, ImageDataset
+
+SHARE = 0.25  # of the free memory, for each split: the rest is for the model and its activations
+CHUNK = 4096  # images on their way to the device
+
+
+class ResidentDataset(Dataset["Batch"]):
+    """A copy of an `ImageDataset`'s rows on `device`; its batches are made there."""
+
+    def __init__(self, dataset: ImageDataset, device: torch.device) -> None:
+        shape = (len(dataset), *dataset.images.shape[1:])
+        self.images = torch.empty(shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(dataset), CHUNK):
+            positions = list(range(start, min(start + CHUNK, len(dataset))))
+            self.images[start : start + CHUNK] = dataset[positions]["image"].to(device)
+        self.labels = torch.from_numpy(dataset.labels).to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        index = torch.tensor(positions, device=self.labels.device)
+        return {"image": self.images[index], "label": self.labels[index], "index": index}
+
+
+def resides(mode: str, dataset: ImageDataset, device: torch.device) -> bool:
+    """Whether a split's images should live on `device`.
+
+    Args:
+        mode: "auto": on a CUDA device, where they take at most `SHARE` of its free memory; "on":
+            whatever they take; "off".
+    """
+    if mode not in ("auto", "on", "off"):
+        raise ValueError(f"data.resident={mode}: must be auto, on or off")
+    if device.type != "cuda":
+        if mode == "on":
+            raise ValueError(f"data.resident=on needs a CUDA device; this run is on {device.type}")
+        return False
+    if mode != "auto":
+        return mode == "on"
+    size = len(dataset) * dataset.images[0].nbytes
+    return size <= SHARE * torch.cuda.mem_get_info(device)[0]
