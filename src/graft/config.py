@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from graft.conflicts import conflict
+
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; a checkout has them at its top
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
 
@@ -53,6 +55,13 @@ def _range(wanted: str, largest: float) -> Check:
     return wanted, accepts
 
 
+def _list_of(check: Check) -> Check:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(check[1](v) for v in value)
+
+    return f"a list of values, each {check[0]}", accepts
+
+
 # Values by key; `*` stands for one name. What is not listed is checked by whoever takes it.
 CHECKS: dict[str, Check] = {
     "seed": NATURAL,
@@ -81,6 +90,11 @@ CHECKS: dict[str, Check] = {
     "head.dropout": BELOW_ONE,
     "head.norm": _one_of("none", "standardize", "batchnorm"),
     "head.num_classes": _or_null(POSITIVE_INT),
+    "head.seed": _or_null(NATURAL),
+    "head.grid": ("null, or lists of lr, weight_decay and seed", lambda v: v is None),
+    "head.grid.lr": _or_null(_list_of(POSITIVE)),
+    "head.grid.weight_decay": _or_null(_list_of(NOT_NEGATIVE)),
+    "head.grid.seed": _or_null(_list_of(NATURAL)),
     "optimizer.lr": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.momentum": BELOW_ONE,
@@ -105,6 +119,8 @@ CHECKS: dict[str, Check] = {
         "none, flip or a whole number above 1",
         lambda v: v in ("none", "flip") or (_integer(v) and v > 1),
     ),
+    "transfer.stages.*.solver": _one_of("sgd", "ridge", "lbfgs"),
+    "transfer.stages.*.strengths": _or_null(_list_of(POSITIVE)),
 }
 
 
@@ -140,7 +156,10 @@ def check(config: DictConfig) -> dict[str, Any]:
                 raise ValueError(f"{key}={value}: must be {wanted}")
     if not plain["transfer"].get("stages"):
         raise ValueError("transfer.stages is empty: a plan needs at least one stage")
-    return {str(key): value for key, value in plain.items()}
+    named = {str(key): value for key, value in plain.items()}
+    if problem := conflict(named):
+        raise ValueError(problem)
+    return named
 
 
 def bind(config: dict[str, Any], **keywords: Any) -> Callable[..., Any]:

@@ -16,9 +16,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from graft.backbones.base import Backbone
 from graft.data.datasets import Batch
-from graft.heads import Head
+from graft.heads import Head, HeadGrid
 from graft.transfer.freeze import batch_norms, freeze_for_stage, learning_blocks, set_modes
+from graft.transfer.grid import GridFit, GridRecord
 from graft.transfer.param_groups import param_groups
+from graft.transfer.per_head import PerHead, grid_groups
 from graft.transfer.stages import Stage
 
 
@@ -52,6 +54,7 @@ class TransferModule(L.LightningModule):
         self.stage: Stage | None = None
         self.learning: Sequence[str] = ()
         self.cut = len(backbone.blocks)
+        self.grid: GridFit | None = None  # while the head is a grid of heads
         self.checkpoint_note: dict[str, Any] = {}
 
     def start_stage(self, stage: Stage) -> None:
@@ -78,18 +81,28 @@ class TransferModule(L.LightningModule):
         return self(batch["image"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.grid is not None:
+            losses = self.grid.training_losses(
+                self._logits(batch), batch["label"], self.label_smoothing
+            )
+            shown = torch.where(losses.isfinite(), losses, torch.nan).nanmean()
+            self._log_step(shown)
+            return losses.sum()  # a head's gradient is that of its own loss
         loss = F.cross_entropy(
             self._logits(batch),
             batch.get("target", batch["label"]),  # probabilities, where images are mixed
             label_smoothing=self.label_smoothing,
         )
         self.train_loss.update(loss.detach())
-        # `self.log` takes as long as a step of a small head: it is called when something is due.
         if self.trainer.is_last_batch:
             self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        if self.trainer._logger_connector.should_update_logs:
-            self.log("train/loss_step", loss, batch_size=len(batch["label"]))
+        self._log_step(loss)
         return loss
+
+    def _log_step(self, loss: Tensor) -> None:
+        # `self.log` takes as long as a step of a small head: it is called when something is due.
+        if self.trainer._logger_connector.should_update_logs:
+            self.log("train/loss_step", loss.detach(), batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_loss, self.val_acc)
@@ -100,6 +113,9 @@ class TransferModule(L.LightningModule):
     def _evaluate(self, batch: Batch, loss: Metric, accuracy: Metric) -> None:
         logits = self._logits(batch)
         labels = batch["label"]
+        if self.grid is not None:
+            self.grid.validate(logits, labels)
+            return
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
         accuracy.update(logits, labels)
 
@@ -108,13 +124,19 @@ class TransferModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Before any checkpoint is written: a broken model must not become the best one.
-        loss = self.val_loss.compute()
+        if self.grid is not None:
+            metrics = self.grid.end_epoch(self.current_epoch + 1)
+            # Every rank has the same values: they are computed over all.
+            self.log_dict(metrics, sync_dist=True)
+            loss = metrics["val/loss"]
+        else:
+            self._log_evaluation("val", self.val_loss, self.val_acc)
+            loss = self.val_loss.compute()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the validation loss is {loss.item()} in epoch {self.current_epoch}: lower "
                 "optimizer.lr, add scheduler.warmup or set trainer.gradient_clip_val=1"
             )
-        self._log_evaluation("val", self.val_loss, self.val_acc)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test", self.test_loss, self.test_acc)
@@ -145,6 +167,8 @@ class TransferModule(L.LightningModule):
         if stage is None:
             raise RuntimeError("call start_stage before fitting")
         optimizer = stage.optimizer(self.stage_groups(), lr=stage.lr)
+        if self.grid is not None:
+            optimizer = PerHead(optimizer)
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = LambdaLR(optimizer, lambda step: stage.schedule(step, total))
         return {
@@ -157,6 +181,14 @@ class TransferModule(L.LightningModule):
         stage = self.stage
         if stage is None:
             raise RuntimeError("call start_stage before asking for parameter groups")
+        if self.grid is not None and isinstance(self.head, HeadGrid):
+            points = self.grid.record.points
+            return grid_groups(
+                self.head,
+                [stage.head_lr_scale * point.lr for point in points],
+                [point.weight_decay for point in points],
+                decay_norm_and_bias=stage.decay_norm_and_bias,
+            )
         return param_groups(
             self.backbone,
             self.head,
@@ -169,4 +201,10 @@ class TransferModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values only: modules, partials or configs would not load under weights_only=True.
-        checkpoint["graft"] = self.checkpoint_note
+        checkpoint["graft"] = dict(self.checkpoint_note)
+        if self.grid is not None:
+            checkpoint["graft"]["grid"] = self.grid.record.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.grid is not None:
+            self.grid.record = GridRecord(self.grid.record.points, **checkpoint["graft"]["grid"])

@@ -17,7 +17,7 @@ from rich.table import Table
 from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
 from graft.transfer.param_groups import describe_groups
-from graft.transfer.stages import Stage
+from graft.transfer.stages import Stage, StageResult
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -51,6 +51,15 @@ def print_start(
 @rank_zero_only
 def print_stage(module: TransferModule, stage: Stage) -> None:
     """The table of parameter groups: what learns, how fast."""
+    if stage.solver != "sgd":
+        say(f"stage {stage.name}: {stage.solver} on stored features")
+        return
+    if module.grid is not None:
+        points = module.grid.record.points
+        say(f"grid      {len(points)} heads in one pass over the features")
+        seeds = {point.seed for point in points}
+        if len(seeds) > 1 and all(bool((p[0] == p[1]).all()) for p in module.head.parameters()):
+            say("          note: these heads start equal whatever the seed, so they stay equal")
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
     table = Table(title=f"stage {stage.name}: {stage.epochs} epochs", title_justify="left")
     for column in ("group", "tensors", "parameters", "lr", "weight_decay"):
@@ -60,6 +69,32 @@ def print_stage(module: TransferModule, stage: Stage) -> None:
     if frozen:
         table.add_row("frozen", "", f"{frozen:,}", "0", "", style="dim")
     console.print(table)
+
+
+@rank_zero_only
+def print_chosen(result: StageResult, top: int = 10) -> None:
+    """What a solver chose, or the best heads of a grid."""
+    if result.grid is None:
+        if result.head:
+            say(f"chosen    {', '.join(f'{k} {_short(v)}' for k, v in result.head.items())}")
+        return
+    order = result.grid.ranked()
+    title = f"heads of stage {result.name}: {min(top, len(order))} best of {len(order)}"
+    table = Table(title=title, title_justify="left")
+    for column in result.grid.row(0):
+        table.add_column(column, justify="right")
+    for index in order[:top]:
+        table.add_row(*(_short(value) for value in result.grid.row(index).values()))
+    console.print(table)
+    best = result.grid.points[order[0]].lr
+    rates = sorted({point.lr for point in result.grid.points})
+    if len(rates) > 1 and best in (rates[0], rates[-1]):
+        which, way = ("smallest", "smaller") if best == rates[0] else ("largest", "larger")
+        say(f"note: the best lr, {_short(best)}, is the {which} of head.grid.lr: try {way} ones")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class EpochLines(L.Callback):

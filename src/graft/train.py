@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,10 @@ from graft.config import CONFIGS, bind, check, explain, make
 
 if TYPE_CHECKING:
     from graft.data.datamodule import TransferDataModule
+    from graft.heads import Head
     from graft.module import TransferModule
     from graft.runs.folder import RunFolder
-    from graft.transfer.stages import Stage
+    from graft.transfer.stages import Stage, StageResult
 
 failures: list[str] = []  # of the jobs of this process: a job that fails does not end a sweep
 
@@ -105,7 +107,7 @@ def train(
     import lightning as L
     import torch
 
-    from graft import report
+    from graft import heat_map, report
     from graft.trainer import make_trainer, trainer_options
     from graft.transfer.stages import StartStage, run_stages
     from graft.transfer.stored import FeatureStore
@@ -131,6 +133,15 @@ def train(
 
     if folder is not None:
         report.print_start(module, datamodule, describe_device(options), path)
+
+    def conclude(result: StageResult) -> None:
+        report.print_chosen(result)
+        if folder is not None and result.head:
+            folder.update(head=result.head)
+        if folder is not None and result.grid is not None:
+            result.grid.write(path / "grid.csv")
+            heat_map.log(result.grid, loggers)
+
     stages = build_stages(config)
     new_store = partial(
         FeatureStore,
@@ -146,6 +157,7 @@ def train(
         path / "checkpoints",
         new_store=new_store,
         on_stage=announce,
+        on_result=conclude,
     )
     start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
     trainer = new_trainer(stages[-1], [start])
@@ -156,6 +168,7 @@ def train(
 
 def build(config: dict[str, Any]) -> tuple[TransferModule, TransferDataModule]:
     """Module and data of a config; the data is prepared, so sizes and classes are known."""
+    from graft.heads import seeded_head
     from graft.module import TransferModule
 
     backbone = make(config["backbone"])
@@ -165,25 +178,39 @@ def build(config: dict[str, Any]) -> tuple[TransferModule, TransferDataModule]:
     datamodule = make(data, preprocessing=backbone.preprocessing, seed=config["seed"])
     datamodule.prepare_data()
     datamodule.setup()
-    head = dict(config["head"])
-    wanted = head.pop("num_classes", None)
+    wanted = config["head"].get("num_classes")
     if wanted not in (None, datamodule.num_classes):
         raise ValueError(
             f"head.num_classes={wanted}, but the data has {datamodule.num_classes} classes "
             f"({', '.join(datamodule.classes[:5])}, ...): leave it null to follow the data"
         )
-    head = make(head, backbone.num_features, datamodule.num_classes)
+    head = seeded_head(
+        bind_head(config), (backbone.num_features, datamodule.num_classes), head_seed(config)
+    )
     module = TransferModule(
         backbone, head, datamodule.num_classes, label_smoothing=config["label_smoothing"]
     )
     return module, datamodule
 
 
+def bind_head(config: dict[str, Any]) -> Callable[[int, int], Head]:
+    """The config's head, to be called with (num_features, num_classes)."""
+    ours = ("num_classes", "seed", "grid")
+    return bind({key: value for key, value in config["head"].items() if key not in ours})
+
+
+def head_seed(config: dict[str, Any]) -> int:
+    seed = config["head"].get("seed")
+    return config["seed"] if seed is None else seed
+
+
 def build_stages(config: dict[str, Any]) -> list[Stage]:
     """The plan's stages in order; what a stage leaves null comes from the optimizer's config."""
+    from graft.transfer.grid import Grid
     from graft.transfer.stages import Stage
 
-    stages = []
+    lists = config["head"].get("grid")
+    stages: list[Stage] = []
     for name, values in config["transfer"]["stages"].items():
         values = dict(values)
         optimizer = {**config["optimizer"], **(values.pop("optimizer", None) or {})}
@@ -192,6 +219,12 @@ def build_stages(config: dict[str, Any]) -> list[Stage]:
                 values[key] = optimizer[key]
             optimizer.pop(key, None)
         schedule = values.pop("scheduler", None) or config["scheduler"]
+        if lists is not None and not stages:  # the winner is the head of the stages that follow
+            given = {"lr": values["lr"], "weight_decay": values["weight_decay"]}
+            given["seed"] = head_seed(config)
+            values["grid"] = Grid(
+                bind_head(config), **{key: lists.get(key) or [own] for key, own in given.items()}
+            )
         try:
             stages.append(
                 Stage(

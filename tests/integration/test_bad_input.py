@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import TINY, Graft
+from tests.conftest import TINY, Graft, compose
 
 
 def error(graft: Graft, *overrides: str) -> str:
@@ -34,6 +35,8 @@ def error(graft: Graft, *overrides: str) -> str:
         ("optimizer.lr=-1", "optimizer.lr=-1: must be a number above 0"),
         ("trainer.max_epochs=ten", "trainer.max_epochs=ten: must be a whole number above 0"),
         ("transfer.stages.finetune.norm=off", "transfer.stages.finetune.norm=off: must be one"),
+        ("head.grid=3", "head.grid=3: must be null, or lists of lr, weight_decay and seed"),
+        ("head.grid={lr:[0.1,0]}", "head.grid.lr=[0.1, 0]: must be a list of values, each"),
         ("data=image_folder", "no value for data.root: give one as data.root=VALUE"),
     ],
 )
@@ -47,6 +50,40 @@ def test_errors_in_the_config_are_found_before_heavy_imports(
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert error(graft_process, override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["head.grid={lr:[0.1,0.1]}"], "head.grid.lr=[0.1, 0.1]: a value is there twice"),
+        (
+            ["head=linear", "head.grid={rate:[0.1]}"],
+            "no config key head.grid.rate: it has lr, weight_decay",
+        ),
+        (["transfer=finetune"], "head.grid: the first stage, finetune, trains more than the head"),
+        (["transfer=ridge_probe"], "head.grid: transfer.stages.probe.solver=ridge solves for one"),
+        (["trainer.gradient_clip_val=1"], "head.grid: trainer.gradient_clip_val takes a norm"),
+        (["trainer.precision=16-mixed"], "head.grid: in trainer.precision=16-mixed one diverging"),
+        (["head.dropout=0.5"], "head.dropout=0.5: heads of a grid would draw other masks"),
+        (["head=mlp", "transfer=ridge_probe"], "transfer.stages.probe.solver=ridge: solves for a"),
+        (
+            ["head=linear", "transfer=lbfgs_probe", "transfer.stages.probe.trainable=all"],
+            "transfer.stages.probe.solver=lbfgs: solves for a head alone",
+        ),
+        (
+            ["head=linear", "transfer=lbfgs_probe", "transfer.stages.probe.cache=off"],
+            "transfer.stages.probe.solver=lbfgs: needs stored features",
+        ),
+        (
+            ["head=linear", "transfer=ridge_probe", "head.norm=batchnorm"],
+            "transfer.stages.probe.solver=ridge: knows no batches",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_values_that_do_not_go_together_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        compose("transfer=linear_probe", "head=linear_grid", *overrides)
 
 
 def test_an_unknown_command_is_named(graft: Graft) -> None:

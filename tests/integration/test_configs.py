@@ -17,6 +17,7 @@ OPTIONS = sorted(
     if path.parent.name not in ("experiment", "hydra", "paths")
 )
 REQUIRED = {
+    "linear_grid": ["transfer=linear_probe"],
     "image_folder": ["data.root=somewhere"],
     "base": ["+data.source={}"],
     "torchvision": ["backbone.model=resnet18"],

@@ -53,3 +53,35 @@ def test_a_probe_on_two_ranks_is_a_probe_on_one(
     assert metrics2 == pytest.approx(metrics, abs=1e-5)
     for key, value in state.items():
         assert torch.allclose(value.float(), state2[key].float(), atol=1e-5), key
+
+
+@pytest.mark.slow
+def test_a_grid_of_heads_on_two_ranks_has_the_winner_of_one(
+    graft: Graft, graft_process: Graft, tmp_path: Path
+) -> None:
+    """Scores are summed over ranks, so both ranks keep the same head."""
+    grid = [
+        "transfer=linear_probe", "head=mlp", "head.hidden=8", "trainer.max_epochs=2",
+        "head.grid={lr:[0.001,0.1],weight_decay:[0,0.1],seed:[0,1]}",
+    ]  # fmt: skip
+    metrics, state = run(graft, tmp_path, "one", *grid, "data.batch_size=8")
+    metrics2, state2 = run(
+        graft_process, tmp_path, "two", *grid, "trainer=ddp_cpu", "data.batch_size=4"
+    )
+    assert metrics2 == pytest.approx(metrics, abs=1e-5)
+    for key, value in state.items():
+        assert torch.allclose(value.float(), state2[key].float(), atol=1e-5), key
+
+
+@pytest.mark.slow
+def test_a_solved_head_on_two_ranks_is_that_on_one(
+    graft: Graft, graft_process: Graft, tmp_path: Path
+) -> None:
+    metrics, state = run(graft, tmp_path, "one", "transfer=ridge_probe", "data.batch_size=8")
+    metrics2, state2 = run(
+        graft_process, tmp_path, "two", "transfer=ridge_probe", "trainer=ddp_cpu",
+        "data.batch_size=4",
+    )  # fmt: skip
+    assert metrics2 == pytest.approx(metrics, abs=1e-5)
+    for key, value in state.items():
+        assert torch.allclose(value.float(), state2[key].float(), atol=1e-5), key

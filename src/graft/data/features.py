@@ -21,10 +21,10 @@ DEVICE_SHARE = 0.25  # of free GPU memory that features may take
 
 
 class StoredFeatures:
-    """Features of a split, (N, *shape) or V views of each: row `index * V + view`.
+    """Features of a split, (N, *shape), or of V views of each image: row `position * V + view`.
 
-    `features[index]` gives float32 rows. Held in memory, or on the GPU, where they fit; otherwise
-    read from disk, so that memory does not grow with the data.
+    `features[row numbers]` gives float32 rows. Held in memory, or on the GPU, where they fit;
+    otherwise read from disk, so that memory does not grow with the data.
     """
 
     def __init__(self, rows: ShardedRows, views: int = 1, device: torch.device | None = None):
@@ -38,7 +38,7 @@ class StoredFeatures:
             self.tensor = self._load()
 
     def __len__(self) -> int:
-        return self.rows.rows // self.views
+        return self.rows.rows
 
     def __getitem__(self, index: Tensor) -> Tensor:
         if self.tensor is not None:

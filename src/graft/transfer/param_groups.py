@@ -64,8 +64,14 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "group": group["name"],
             "tensors": len(group["params"]),
             "parameters": sum(p.numel() for p in group["params"]),
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
+            "lr": _span([group["lr"] * scale for scale in group.get("lr_scale", [1.0])]),
+            "weight_decay": _span(group.get("decay", [group["weight_decay"]])),
         }
         for group in groups
     ]
+
+
+def _span(values: list[float]) -> float | str:
+    """One value, or the range over a grid of heads."""
+    low, high = min(values), max(values)
+    return low if low == high else f"{low:.3g} to {high:.3g}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from graft.loggers import advance
 from graft.transfer.freeze import NormPolicy, Trainable
+from graft.transfer.grid import Grid, GridRecord, finish_grid, start_grid
 from graft.transfer.schedules import Schedule
+from graft.transfer.solvers import Solve, Solver
 from graft.transfer.stored import FeatureStore, measure_head
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ class Stage:
         views: what is stored of each training image: "none" (the image), "flip" (its mirror image
             too) or a number of random augmentations; each epoch draws one of them.
         optimizer: called with (parameter groups, lr=...).
+        solver: "sgd" (a fit with `optimizer`), or "ridge" or "lbfgs" for a linear head on stored
+            features. lbfgs: `epochs` is its largest number of iterations, `weight_decay` its
+            strength, and `lr`, `optimizer` and `schedule` say nothing.
+        strengths: those that ridge tries; None for 30 around the scale of the features.
+        grid: heads that train together in place of the module's own; the best becomes its head.
         layer_decay, head_lr_scale, decay_norm_and_bias: see `param_groups`.
     """
 
@@ -62,25 +69,36 @@ class Stage:
     cache_limit_gb: float = 4.0
     cache_dtype: str = "float32"
     views: str | int = "none"
+    solver: Solver = "sgd"
+    strengths: Sequence[float] | None = None
+    grid: Grid | None = None
 
 
 @dataclass
 class StageResult:
+    """`head`: hyper-parameters the stage chose; `grid`: scores of all its heads, if it had many."""
+
     name: str
     best_checkpoint: Path
     best_score: float
-    seconds: float
+    seconds: float = 0.0
+    head: dict[str, Any] = field(default_factory=dict)
+    grid: GridRecord | None = None
+
+
+MakeTrainer = Callable[[Stage, list[L.Callback]], L.Trainer]
 
 
 def run_stages(
     module: TransferModule,
     datamodule: TransferDataModule,
     stages: Sequence[Stage],
-    make_trainer: Callable[[Stage, list[L.Callback]], L.Trainer],
+    make_trainer: MakeTrainer,
     checkpoints: Path,
     *,
     new_store: NewStore,
     on_stage: Callable[[Stage], None] = lambda stage: None,
+    on_result: Callable[[StageResult], None] = lambda result: None,
 ) -> list[StageResult]:
     """Fit the stages in order; each ends with the weights of its best `val/acc`.
 
@@ -94,20 +112,65 @@ def run_stages(
     for index, stage in enumerate(stages):
         started = time.perf_counter()
         module.start_stage(stage)
-        best, last = _checkpoints(checkpoints / stage.name)
+        if stage.grid is not None:
+            start_grid(module, stage.grid, datamodule.num_classes)
         on_stage(stage)
-        trainer = make_trainer(stage, [best, last, StartStage(stage, index, datamodule, new_store)])
-        trainer.fit(module, datamodule=datamodule)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        if best.best_model_score is None:
-            raise RuntimeError(f"stage {stage.name} ended without a checkpoint")
-        path = Path(best.best_model_path)
-        load_checkpoint(module, path)
-        advance(trainer.loggers, trainer.global_step)
-        seconds = time.perf_counter() - started
-        results.append(StageResult(stage.name, path, float(best.best_model_score), seconds))
+        start = StartStage(stage, index, datamodule, new_store)
+        fit = _fit if stage.solver == "sgd" else _solve
+        result = fit(module, datamodule, stage, start, make_trainer, checkpoints / stage.name)
+        result.seconds = time.perf_counter() - started
+        on_result(result)
+        results.append(result)
     return results
+
+
+def _fit(
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    stage: Stage,
+    start: StartStage,
+    make_trainer: MakeTrainer,
+    folder: Path,
+) -> StageResult:
+    best, last = _checkpoints(folder)
+    trainer = make_trainer(stage, [best, last, start])
+    trainer.fit(module, datamodule=datamodule)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if best.best_model_score is None:
+        raise RuntimeError(f"stage {stage.name} ended without a checkpoint")
+    path = Path(best.best_model_path)
+    load_checkpoint(module, path)
+    result = StageResult(stage.name, path, float(best.best_model_score))
+    if stage.grid is not None:
+        result.grid = finish_grid(module, trainer.strategy.barrier, path)
+        result.head = result.grid.row(result.grid.ranked()[0])
+    advance(trainer.loggers, trainer.global_step)
+    return result
+
+
+def _solve(
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    stage: Stage,
+    start: StartStage,
+    make_trainer: MakeTrainer,
+    folder: Path,
+) -> StageResult:
+    """As a fit would leave it: the head solved, val metrics logged, best.ckpt and last.ckpt."""
+    solve = Solve(datamodule, stage)
+    trainer = make_trainer(stage, [start, solve])  # both act in `setup`, in this order
+    (metrics,) = trainer.validate(module, datamodule=datamodule, verbose=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    for metric in (module.val_loss, module.val_acc):
+        metric.reset()  # or a later fit meets tensors of `validate`'s inference mode
+    folder = trainer.strategy.broadcast(folder)  # the run's folder is known to the first rank
+    for name in ("last.ckpt", "best.ckpt"):
+        trainer.save_checkpoint(folder / name)
+    return StageResult(
+        stage.name, folder / "best.ckpt", metrics["val/acc"], head={**solve.chosen, **metrics}
+    )
 
 
 def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:

@@ -1,0 +1,100 @@
+"""One optimizer for a grid of heads, each with a learning rate and weight decay of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from graft.heads import HeadGrid
+
+
+def grid_groups(
+    grid: HeadGrid,
+    rates: list[float],
+    decays: list[float],
+    *,
+    decay_norm_and_bias: bool = False,
+) -> list[dict[str, Any]]:
+    """The groups of `param_groups` for stacked heads.
+
+    A group's `lr` is that of the fastest head, which schedules and monitors work with; `lr_scale`
+    and `decay` hold a number per head, for `PerHead`.
+    """
+    fastest = max(rates)
+    groups = []
+    for name, matrices in (("head", True), ("head/norm_bias", False)):
+        # The first dimension counts the heads.
+        params = [p for p in grid.parameters() if (p.ndim > 2) is matrices]
+        if params:
+            decayed = matrices or decay_norm_and_bias
+            groups.append(
+                {
+                    "name": name,
+                    "params": params,
+                    "lr": fastest,
+                    "weight_decay": 0.0,
+                    "lr_scale": [rate / fastest for rate in rates],
+                    "decay": decays if decayed else [0.0] * len(decays),
+                }
+            )
+    return groups
+
+
+class PerHead(Optimizer):
+    """Steps of torch's SGD, Adam or AdamW in which every head has its own rate and weight decay.
+
+    Their step is proportional to the learning rate, and depends on the weights through the decay
+    alone. So one step is taken from zero at the fastest rate without decay, which leaves exactly
+    the update in the parameter, and is then scaled per head. (The difference of two weights would
+    lose digits.) Groups come from `grid_groups`.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        if type(inner) not in (SGD, Adam, AdamW):
+            raise ValueError(
+                f"optimizer: head.grid works with SGD, Adam and AdamW of torch.optim, and not with "
+                f"{type(inner).__name__}: its step is not proportional to a head's learning rate"
+            )
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+        self._columns: dict[tuple[Tensor, str], Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        before = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                before[p] = p.clone()
+                if any(group["decay"]):
+                    decay = self._column(p, group, "decay")
+                    if group.get("decoupled_weight_decay", False):
+                        rate = group["lr"] * self._column(p, group, "lr_scale")
+                        before[p].mul_((1 - rate * decay).to(p.dtype))
+                    else:
+                        p.grad.addcmul_(p, decay.to(p.dtype))
+                p.zero_()
+        # Ours are the ones that schedulers change and checkpoints restore.
+        self.inner.param_groups, self.inner.state = self.param_groups, self.state
+        self.inner.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in before:
+                    p.mul_(self._column(p, group, "lr_scale").to(p.dtype)).add_(before[p])
+        return loss
+
+    def _column(self, p: Tensor, group: dict[str, Any], key: str) -> Tensor:
+        """A number per head in float64, shaped to act along the first dimension of `p`."""
+        if (p, key) not in self._columns:
+            column = torch.tensor(group[key], dtype=torch.float64, device=p.device)
+            self._columns[p, key] = column.view(-1, *[1] * (p.ndim - 1))
+        return self._columns[p, key]
