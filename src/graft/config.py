@@ -100,6 +100,10 @@ CHECKS: dict[str, Check] = {
     "optimizer.momentum": BELOW_ONE,
     "scheduler.warmup": NOT_NEGATIVE,
     "trainer.max_epochs": POSITIVE_INT,
+    "trainer.compile": (
+        "true, false, default, reduce-overhead or max-autotune",
+        lambda v: isinstance(v, bool) or v in ("default", "reduce-overhead", "max-autotune"),
+    ),
     "trainer.gradient_clip_val": _or_null(POSITIVE),
     "trainer.accumulate_grad_batches": POSITIVE_INT,
     "trainer.num_nodes": POSITIVE_INT,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -166,7 +169,7 @@ class TransferModule(L.LightningModule):
         stage = self.stage
         if stage is None:
             raise RuntimeError("call start_stage before fitting")
-        optimizer = stage.optimizer(self.stage_groups(), lr=stage.lr)
+        optimizer = stage.optimizer(self.stage_groups(), lr=stage.lr, **self._fused(stage))
         if self.grid is not None:
             optimizer = PerHead(optimizer)
         total = int(self.trainer.estimated_stepping_batches)
@@ -175,6 +178,18 @@ class TransferModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _fused(self, stage: Stage) -> dict[str, bool]:
+        """One kernel for all of an optimizer's step, where it has one and nobody said otherwise."""
+        chosen = stage.optimizer
+        kind = chosen.func if isinstance(chosen, partial) else chosen
+        named = chosen.keywords if isinstance(chosen, partial) else {}
+        scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and (
+            self.trainer.precision_plugin.scaler is not None
+        )  # Lightning can't clip gradients that a fused step would unscale
+        if kind not in (SGD, Adam, AdamW) or {"fused", "foreach"} & named.keys() or scaled:
+            return {}
+        return {"fused": self.device.type in ("cpu", "cuda")}
 
     def stage_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the current stage, each with its own base learning rate."""

@@ -108,7 +108,7 @@ def train(
     import torch
 
     from graft import heat_map, report
-    from graft.trainer import make_trainer, trainer_options
+    from graft.trainer import compile_blocks, make_trainer, trainer_options
     from graft.transfer.stages import StartStage, run_stages
     from graft.transfer.stored import FeatureStore
 
@@ -116,6 +116,8 @@ def train(
     options = trainer_options(config["trainer"])
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
     module, datamodule = build(config)
+    if config["trainer"]["compile"]:
+        compile_blocks(module.backbone, config["trainer"]["compile"])
     path = folder.path if folder is not None else Path("unused-on-other-ranks")
     module.checkpoint_note = {"config": config}
     loggers = []

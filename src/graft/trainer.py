@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Ri
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
+from graft.backbones.base import Backbone
 from graft.config import make
 from graft.report import EpochLines
 from graft.transfer.stages import Stage
@@ -24,7 +25,7 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a device that is not there, or a precision this device is slow at.
     """
-    options = {key: value for key, value in config.items() if key != "max_epochs"}
+    options = {k: v for k, v in config.items() if k not in ("max_epochs", "compile")}
     if options["accelerator"] == "auto":
         options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
     if options["accelerator"] == "gpu" and not torch.cuda.is_available():
@@ -61,6 +62,15 @@ def bf16_slowdown() -> float:
             seconds.append(time.perf_counter() - started)
         fastest[dtype] = min(seconds)
     return fastest[torch.bfloat16] / fastest[torch.float32]
+
+
+def compile_blocks(backbone: Backbone, mode: str | bool) -> None:
+    """torch.compile each block, in place: the keys of checkpoints stay as they are, and a stage
+    that starts behind a frozen prefix is compiled too.
+    """
+    for block in backbone.blocks:
+        if next(block.parameters(), None) is not None:
+            block.compile(mode=None if mode is True else mode)
 
 
 def make_trainer(

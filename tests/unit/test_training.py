@@ -257,3 +257,14 @@ def test_predictions_reach_the_label_they_belong_to(train_tiny: Train) -> None:
     )
     assert run.metrics["test/acc"] > 0.9
     assert np.isfinite(run.metrics["test/loss"])
+
+
+@pytest.mark.slow
+def test_checkpoints_of_a_compiled_run_are_those_of_any_other(train_tiny: Train) -> None:
+    """Rule 12: `torch.compile(module)` would rename every key to `_orig_mod.`."""
+    compiled = train_tiny("trainer.compile=true")
+    plain = train_tiny()
+    assert compiled.state().keys() == plain.state().keys()
+    load_checkpoint(plain.module, compiled.folder / "checkpoints" / "finetune" / "best.ckpt")
+    assert same(plain.state(), compiled.state())
+    assert compiled.metrics == pytest.approx(plain.metrics, abs=0.05)
