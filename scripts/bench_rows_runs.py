@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -220,6 +221,34 @@ def memory(bench: Bench) -> Iterator[Line]:
     if not any(peaks):
         raise Skip("needs /proc")
     yield limit("memory", peaks, 1.5, "GB", "proportional set size, sampled every 0.1 s")
+
+
+PAST_MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from graft.data.features import StoredFeatures
+from graft.data.shards import ShardedRows
+
+rows = ShardedRows(Path(sys.argv[1]), int(sys.argv[2]) * 2**20 // 4096, (1024,))
+rows.fill(lambda positions: np.ones((len(positions), 1024), np.float32))
+features = StoredFeatures(rows)
+order = torch.randperm(len(features))
+for start in range(0, len(order), 512):
+    features[order[start : start + 512]]
+"""
+
+
+@row("cache-memory")
+def cache_memory(bench: Bench) -> Iterator[Line]:
+    """Peak resident memory while features are built and read once in random order, as they grow."""
+    for megabytes in (256, 1024, 2048, 4096):
+        folder = bench.folder("rows")
+        command = [sys.executable, "-c", PAST_MEMORY, str(folder), str(megabytes)]
+        sample, _ = run_process(command, bench.env, True)
+        shutil.rmtree(folder)
+        note = f"{megabytes / 1024 / sample.seconds:.2g} GB/s written, checked and read"
+        yield limit(f"cache-memory ({megabytes} MB)", [sample.peak], None, "GB", note)
 
 
 @row("scaling")
