@@ -176,7 +176,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
 
 def frozen(bench: Bench, cache: Path, *overrides: str) -> tuple[Any, Any]:
     """A module and its prepared data, ready to extract."""
-    from graft.train import build, build_stages
+    from graft.build import build, build_stages
 
     config = composed([*probe_overrides(bench), f"paths.cache='{cache}'", *overrides])
     module, datamodule = build(config)

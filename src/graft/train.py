@@ -8,7 +8,6 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from graft.config import CONFIGS, bind, check, explain, make
+from graft.config import CONFIGS, check, explain, make
 
 if TYPE_CHECKING:
-    from graft.data.datamodule import TransferDataModule
-    from graft.heads import Head
     from graft.module import TransferModule
     from graft.runs.folder import RunFolder
     from graft.transfer.stages import Stage, StageResult
@@ -108,6 +105,7 @@ def train(
     import torch
 
     from graft import heat_map, report
+    from graft.build import build, build_stages
     from graft.trainer import compile_blocks, make_trainer, trainer_options
     from graft.transfer.stages import StartStage, run_stages
     from graft.transfer.stored import FeatureStore
@@ -166,79 +164,6 @@ def train(
     tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
     tested = {key: float(value) for key, value in tested.items()}
     return {"val/acc": results[-1].best_score, **tested}, module
-
-
-def build(config: dict[str, Any]) -> tuple[TransferModule, TransferDataModule]:
-    """Module and data of a config; the data is prepared, so sizes and classes are known."""
-    from graft.heads import seeded_head
-    from graft.module import TransferModule
-
-    backbone = make(config["backbone"])
-    backbone.mirror = config["mirror"]
-    # `root` is in the group for the command line; only the source takes it.
-    data = {key: value for key, value in config["data"].items() if key != "root"}
-    datamodule = make(data, preprocessing=backbone.preprocessing, seed=config["seed"])
-    datamodule.prepare_data()
-    datamodule.setup()
-    wanted = config["head"].get("num_classes")
-    if wanted not in (None, datamodule.num_classes):
-        raise ValueError(
-            f"head.num_classes={wanted}, but the data has {datamodule.num_classes} classes "
-            f"({', '.join(datamodule.classes[:5])}, ...): leave it null to follow the data"
-        )
-    head = seeded_head(
-        bind_head(config), (backbone.num_features, datamodule.num_classes), head_seed(config)
-    )
-    module = TransferModule(
-        backbone, head, datamodule.num_classes, label_smoothing=config["label_smoothing"]
-    )
-    return module, datamodule
-
-
-def bind_head(config: dict[str, Any]) -> Callable[[int, int], Head]:
-    """The config's head, to be called with (num_features, num_classes)."""
-    ours = ("num_classes", "seed", "grid")
-    return bind({key: value for key, value in config["head"].items() if key not in ours})
-
-
-def head_seed(config: dict[str, Any]) -> int:
-    seed = config["head"].get("seed")
-    return config["seed"] if seed is None else seed
-
-
-def build_stages(config: dict[str, Any]) -> list[Stage]:
-    """The plan's stages in order; what a stage leaves null comes from the optimizer's config."""
-    from graft.transfer.grid import Grid
-    from graft.transfer.stages import Stage
-
-    lists = config["head"].get("grid")
-    stages: list[Stage] = []
-    for name, values in config["transfer"]["stages"].items():
-        values = dict(values)
-        optimizer = {**config["optimizer"], **(values.pop("optimizer", None) or {})}
-        for key in ("lr", "weight_decay"):
-            if values.get(key) is None:
-                values[key] = optimizer[key]
-            optimizer.pop(key, None)
-        schedule = values.pop("scheduler", None) or config["scheduler"]
-        if lists is not None and not stages:  # the winner is the head of the stages that follow
-            given = {"lr": values["lr"], "weight_decay": values["weight_decay"]}
-            given["seed"] = head_seed(config)
-            values["grid"] = Grid(
-                bind_head(config), **{key: lists.get(key) or [own] for key, own in given.items()}
-            )
-        try:
-            stages.append(
-                Stage(
-                    name=name,
-                    optimizer=bind(optimizer),
-                    schedule=bind(schedule),
-                    **values,
-                )
-            )
-        except TypeError as error:
-            raise ValueError(f"transfer.stages.{name}: {error}") from error
-    return stages
 
 
 def describe_device(options: dict[str, Any]) -> str:

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from graft.backbones.torchvision import torchvision_backbone
+from graft.build import build, build_stages
 from graft.data import shards
 from graft.data.features import StoredFeatures
 from graft.data.shards import ShardedRows
 from graft.module import TransferModule
-from graft.train import build, build_stages
 from graft.transfer.prefix import Extractor, FrozenPrefix
 from graft.transfer.stored import FeatureStore
 from tests.conftest import TINY, Graft, Train, compose

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from graft.build import build
 from graft.heads import CosineHead, Head, HeadGrid, LinearHead, MLPHead, Standardize, seeded_head
 from graft.heat_map import draw
-from graft.train import build
 from graft.transfer.grid import GridFit, GridPoint, GridRecord, head_losses
 from graft.transfer.param_groups import param_groups
 from graft.transfer.per_head import PerHead, grid_groups

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression, Ridge
 
+from graft.build import build
 from graft.heads import LinearHead, Standardize
-from graft.train import build
 from graft.transfer.solvers import lbfgs, ridge
 from graft.transfer.stages import load_checkpoint
 from tests.conftest import TINY, Graft, Train, compose

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from graft.build import build, build_stages
 from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
-from graft.train import build, build_stages
 from graft.transfer.stages import load_checkpoint
 from tests.conftest import TINY, Train, compose, same
 
