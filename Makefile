@@ -1,5 +1,5 @@
 # The first target that needs it creates .venv and installs everything; later ones start at once.
-# `make PYTHON=/path/to/python3.12` picks the interpreter, `make test ARGS="-k heads -n 2"` the tests.
+# `make PYTHON=/path/to/python3.12` picks the interpreter, `make test ARGS="-k heads -n 0"` the tests.
 PYTHON ?= python3.11 python3
 ARGS ?=
 
@@ -36,8 +36,8 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)  ## the main job on the embedded data, start to end
 	@$(BIN)/python scripts/demo.py
 
-test: $(INSTALLED)  ## the default tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## the default tests, two at a time
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(INSTALLED)  ## only the tests that take minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)

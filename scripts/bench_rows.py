@@ -115,7 +115,7 @@ def warm_cache(bench: Bench) -> Path:
 def grid_32(bench: Bench) -> Iterator[Line]:
     """32 heads in one warm run: 32 Hydra jobs of the conventional module on the same features."""
     cache, features = warm_cache(bench), features_file(bench)
-    grid = composed(["head=linear_grid"])["head"]["grid"]
+    grid = composed(["head=linear_grid", "transfer=linear_probe"])["head"]["grid"]
     rates, decays = list(grid["lr"]), list(grid["weight_decay"])
     seeds = list(grid.get("seed") or [0])
     heads = len(rates) * len(decays) * len(seeds)

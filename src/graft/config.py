@@ -36,6 +36,7 @@ FRACTION: Check = ("a number above 0 and below 1", lambda v: _number(v) and 0 < 
 PART: Check = ("a number above 0 and at most 1", lambda v: _number(v) and 0 < v <= 1)
 BELOW_ONE: Check = ("a number of at least 0 and below 1", lambda v: _number(v) and 0 <= v < 1)
 PROBABILITY: Check = ("a probability from 0 to 1", lambda v: _number(v) and 0 <= v <= 1)
+FOLDER: Check = ("the name of a folder", lambda v: isinstance(v, str) and bool(v.strip()))
 BOOL: Check = ("true or false", lambda v: isinstance(v, bool))
 
 
@@ -65,6 +66,9 @@ def _list_of(check: Check) -> Check:
 # Values by key; `*` stands for one name. What is not listed is checked by whoever takes it.
 CHECKS: dict[str, Check] = {
     "seed": NATURAL,
+    "paths.logs": FOLDER,
+    "paths.data": FOLDER,
+    "paths.cache": FOLDER,
     "label_smoothing": BELOW_ONE,
     "mirror": BOOL,
     "data.batch_size": POSITIVE_INT,
@@ -77,6 +81,7 @@ CHECKS: dict[str, Check] = {
     "data.train_fraction": PART,
     "data.shots_per_class": _or_null(POSITIVE_INT),
     "data.drop_last": BOOL,
+    "data.reshuffle": BOOL,
     "data.num_workers": NATURAL,
     "data.pin_memory": BOOL,
     "data.augment.shift": BELOW_ONE,
@@ -107,6 +112,9 @@ CHECKS: dict[str, Check] = {
     "trainer.gradient_clip_val": _or_null(POSITIVE),
     "trainer.accumulate_grad_batches": POSITIVE_INT,
     "trainer.num_nodes": POSITIVE_INT,
+    "trainer.limit_train_batches": POSITIVE,
+    "trainer.limit_val_batches": POSITIVE,
+    "trainer.limit_test_batches": POSITIVE,
     "trainer.log_every_n_steps": POSITIVE_INT,
     "transfer.stages.*.epochs": POSITIVE_INT,
     "transfer.stages.*.norm": _one_of("train", "stats", "frozen"),

@@ -7,7 +7,26 @@ from typing import Any
 
 def conflict(plain: dict[str, Any]) -> str | None:
     """The first conflict in a resolved config, in one line."""
-    return _grid_problem(plain) or _solver_problem(plain)
+    return _grid_problem(plain) or _solver_problem(plain) or _augment_problem(plain)
+
+
+def _augment_problem(plain: dict[str, Any]) -> str | None:
+    """What a user set and no stage would act on."""
+    stages = plain["transfer"]["stages"]
+    for name, stage in stages.items():
+        views = stage.get("views", "none")
+        if views != "none" and stage.get("augment", True):
+            return (
+                f"transfer.stages.{name}.views={views} takes the place of fresh augmentation: set "
+                f"transfer.stages.{name}.augment=false"
+            )
+        if isinstance(views, int) and plain["data"].get("augment") is None:
+            return f"transfer.stages.{name}.views={views}: data.augment is null, all would be equal"
+    if plain["data"].get("sample_transform") is not None and not any(
+        stage.get("augment", True) for stage in stages.values()
+    ):
+        return "data.sample_transform: no stage of this plan augments, so it would do nothing"
+    return None
 
 
 def _grid_problem(plain: dict[str, Any]) -> str | None:
@@ -30,6 +49,9 @@ def _grid_problem(plain: dict[str, Any]) -> str | None:
         )
     if stage.get("solver", "sgd") != "sgd":
         return f"head.grid: transfer.stages.{name}.solver={stage['solver']} solves for one head"
+    augment = plain["data"].get("augment") or {}
+    if stage.get("augment", True) and (augment.get("mixup") or augment.get("cutmix")):
+        return "head.grid: knows hard labels: set data.augment.mixup=0 and data.augment.cutmix=0"
     if plain["trainer"].get("gradient_clip_val") is not None:
         return "head.grid: trainer.gradient_clip_val takes a norm over all heads: set it to null"
     if str(plain["trainer"].get("precision")).startswith("16"):

@@ -42,6 +42,11 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
         )
     elif on_cpu and precision.startswith("16"):
         raise ValueError(f"trainer.precision={precision} needs a GPU; use trainer.precision=auto")
+    elif precision.endswith("-true") and precision != "32-true":
+        raise ValueError(
+            f"trainer.precision={precision}: weights are kept in float32; use 32-true, 16-mixed or "
+            "bf16-mixed"
+        )
     options["precision"] = precision
     return options
 

@@ -37,6 +37,9 @@ def error(graft: Graft, *overrides: str) -> str:
         ("transfer.stages.finetune.norm=off", "transfer.stages.finetune.norm=off: must be one"),
         ("head.grid=3", "head.grid=3: must be null, or lists of lr, weight_decay and seed"),
         ("head.grid={lr:[0.1,0]}", "head.grid.lr=[0.1, 0]: must be a list of values, each"),
+        ("transfer.stages.finetune.views=3", "transfer.stages.finetune.views=3 takes the place"),
+        ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0: must be a number above 0"),
+        ("paths.cache=''", "paths.cache=: must be the name of a folder"),
         ("data=image_folder", "no value for data.root: give one as data.root=VALUE"),
     ],
 )

@@ -18,7 +18,7 @@ import torch
 from graft.backbones.torchvision import torchvision_backbone
 from graft.build import build, build_stages
 from graft.data import shards
-from graft.data.features import StoredFeatures
+from graft.data.features import StoredFeatures, module_digest
 from graft.data.shards import ShardedRows
 from graft.module import TransferModule
 from graft.transfer.prefix import Extractor, FrozenPrefix
@@ -119,6 +119,38 @@ def test_a_damaged_shard_is_computed_again_and_no_other(
     again.fill(slow)
     assert slow.shards() == ["30"]
     assert np.array_equal(content(again), expected(np.arange(ROWS)))
+
+
+def test_two_builders_repair_a_damaged_entry_together(entry: ShardedRows, tmp_path: Path) -> None:
+    entry.fill(expected)
+    for path in entry.path.glob("*.npy"):
+        flip_a_byte(path)
+    slow = Slow(tmp_path / "notes")
+    again = ShardedRows(entry.path, ROWS, SHAPE)
+    context = multiprocessing.get_context("fork")
+    builders = [context.Process(target=again.fill, args=(slow,)) for _ in range(2)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+        assert builder.exitcode == 0
+    assert np.array_equal(content(again), expected(np.arange(ROWS)))
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    entry = ShardedRows(tmp_path / "features-y", 4, (2,), "float16")
+    with pytest.raises(ValueError, match=r"up to 1e\+05 don't fit float16: .*cache_dtype=float32"):
+        entry.fill(lambda positions: np.full((len(positions), 2), 1e5, np.float32))
+
+
+def test_an_attribute_that_no_weight_shows_is_part_of_the_key() -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+    assert module_digest(Scaled(1.0)) == module_digest(Scaled(1.0))
+    assert module_digest(Scaled(1.0)) != module_digest(Scaled(2.0))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
@@ -243,7 +275,8 @@ def test_folding_batchnorm_changes_neither_features_nor_the_backbone(model: str)
     state = {k: v.clone() for k, v in backbone.state_dict().items()}
     prefix = FrozenPrefix(backbone, len(backbone.blocks))
     images = torch.randn(2, 3, 64, 64)
-    prefix.check(images)
+    prefix.ready(images)
+    assert prefix.module is not None
     if model == "resnet18":
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in prefix.module.modules())
     with torch.no_grad():
@@ -276,7 +309,7 @@ def test_a_second_run_does_not_touch_the_backbone(
         raise AssertionError("images went through the backbone")
 
     monkeypatch.setattr(TransferModule, "forward", forbidden)
-    monkeypatch.setattr(Extractor, "rows", forbidden)
+    monkeypatch.setattr(FrozenPrefix, "__call__", forbidden)
     again = train_tiny("transfer=linear_probe")
     assert again.metrics == first.metrics
 

@@ -25,14 +25,14 @@ def initial(*overrides: str) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in build(config)[0].state_dict().items()}
 
 
-@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize("cache", ["cache=auto", "cache=off", "cache_limit_gb=1e-9"])
 def test_a_probe_leaves_every_parameter_and_buffer_of_the_backbone_as_loaded(
     train_tiny: Train, cache: str
 ) -> None:
     """Rule 1. BatchNorm statistics too: `requires_grad=False` alone lets them drift."""
     before = initial("transfer=linear_probe")
     after = train_tiny(
-        "transfer=linear_probe", f"transfer.stages.probe.cache={cache}", "optimizer.lr=1.0"
+        "transfer=linear_probe", f"transfer.stages.probe.{cache}", "optimizer.lr=1.0"
     ).state()
     assert same(
         *({k: v for k, v in s.items() if k.startswith("backbone")} for s in (before, after))
@@ -67,15 +67,26 @@ def test_what_learns_moves_and_what_does_not_stays(train_tiny: Train) -> None:
     assert moved == {"stem", "stage3_1"}
 
 
-def test_cached_features_give_the_same_result_as_recomputing(train_tiny: Train) -> None:
-    """For a probe, with and without a normalisation that is measured first."""
-    for norm in ("none", "standardize"):
-        overrides = ["transfer=linear_probe", f"head.norm={norm}", "trainer.max_epochs=3"]
-        cached = train_tiny(*overrides, "transfer.stages.probe.cache=on")
-        plain = train_tiny(*overrides, "transfer.stages.probe.cache=off")
-        for key, value in cached.state().items():
-            assert torch.allclose(value.float(), plain.state()[key].float(), atol=1e-5), key
-        assert cached.metrics == pytest.approx(plain.metrics, abs=1e-5)
+@pytest.mark.parametrize(
+    "option",
+    [
+        "head.norm=none",
+        "head.norm=standardize",
+        "mirror=true",
+        "transfer.stages.probe.views=flip",
+        "transfer.stages.probe.views=3",
+    ],
+)
+def test_cached_features_give_the_same_result_as_recomputing(
+    train_tiny: Train, option: str
+) -> None:
+    """Rule 11, also with a normalisation that is measured first, and with views."""
+    overrides = ["transfer=linear_probe", option, "trainer.max_epochs=3"]
+    cached = train_tiny(*overrides, "transfer.stages.probe.cache=on")
+    plain = train_tiny(*overrides, "transfer.stages.probe.cache=off")
+    for key, value in cached.state().items():
+        assert torch.allclose(value.float(), plain.state()[key].float(), atol=1e-5), key
+    assert cached.metrics == pytest.approx(plain.metrics, abs=1e-5)
 
 
 def test_partial_fine_tuning_trains_from_the_cached_prefix(train_tiny: Train) -> None:

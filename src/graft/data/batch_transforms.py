@@ -117,7 +117,7 @@ class Augment:
 
 def _shifted(size: int, fraction: float, u: Tensor) -> Tensor:
     """(N, size) source positions of an axis shifted by up to `fraction`, reflected at the ends."""
-    limit = round(size * fraction)
+    limit = min(round(size * fraction), size - 1)
     shift = (u * (2 * limit + 1)).long() - limit
     position = torch.arange(size, device=u.device)[None] + shift[:, None]
     return (size - 1) - ((size - 1) - position.abs()).abs()

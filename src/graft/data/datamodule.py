@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graft.backbones.base import Preprocessing
 from graft.data.batch_transforms import Augment, Prepare
-from graft.data.datasets import Batch, FeatureDataset, ImageDataset
+from graft.data.datasets import Batch, FeatureDataset, ImageDataset, drawn_view, views_count
 from graft.data.features import StoredFeatures, images_digest
 from graft.data.resident import ResidentDataset, resides
 from graft.data.sample_transform import SampleTransformed, WithEpoch
@@ -46,6 +46,7 @@ class TransferDataModule(L.LightningDataModule):
         shots_per_class: keeps this many training images of each class.
         seed: the run's seed: order of the data and augmentation.
         drop_last: leave out a smaller last training batch (the next epoch draws anew).
+        reshuffle: draw the order of the training images anew in every epoch.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TransferDataModule(L.LightningDataModule):
         train_fraction: float = 1.0,
         shots_per_class: int | None = None,
         drop_last: bool = True,
+        reshuffle: bool = True,
         num_workers: int = 0,
         pin_memory: bool = False,
         seed: int = 0,
@@ -96,11 +98,13 @@ class TransferDataModule(L.LightningDataModule):
         self.train_fraction = train_fraction
         self.shots_per_class = shots_per_class
         self.drop_last = drop_last
+        self.reshuffle = reshuffle
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.seed = seed
         self.stage_index = 0
         self.stage_augments = True
+        self.stage_views: str | int = "none"
         self.features: dict[str, StoredFeatures] = {}
         self.digests: dict[str, str] = {}
         self.splits: dict[str, ImageDataset] = {}
@@ -146,12 +150,18 @@ class TransferDataModule(L.LightningDataModule):
         self.splits = {"train": ImageDataset(loaded.train, keep), **held_out}
 
     def start_stage(
-        self, index: int, *, augment: bool, features: Mapping[str, StoredFeatures]
+        self,
+        index: int,
+        *,
+        augment: bool,
+        features: Mapping[str, StoredFeatures],
+        views: str | int = "none",
     ) -> None:
         """What differs between stages: the draw, augmentation, and stored features per split."""
         self.stage_index = index
         self.stage_augments = augment
         self.features = dict(features)
+        self.stage_views = views
 
     def loader(self, split: str, *, train: bool) -> DataLoader[Batch]:
         """This rank's batches of a split; `train` shuffles."""
@@ -163,7 +173,7 @@ class TransferDataModule(L.LightningDataModule):
             shuffle=train,
             drop_last=train and self.drop_last,
             seed=self.stage_seed,
-            epoch=self._epoch,
+            epoch=self._epoch if self.reshuffle else lambda: 0,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
@@ -171,6 +181,11 @@ class TransferDataModule(L.LightningDataModule):
             raise ValueError(
                 f"data.batch_size={self.batch_size} on {batches.world_size} processes is larger "
                 f"than the {batches.size} training images"
+            )
+        if not train and len(self.splits[split]) < batches.world_size:
+            raise ValueError(
+                f"the {split} split has {len(self.splits[split])} images, fewer than the "
+                f"{batches.world_size} processes: raise data.{split}_fraction"
             )
         sampler: Sampler[Any] = batches
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
@@ -207,18 +222,18 @@ class TransferDataModule(L.LightningDataModule):
         views: "none", "flip" (the image and its mirror image) or a number of random augmentations,
             the same ones whatever the run's seed.
         """
-        count = {"none": 1, "flip": 2}.get(str(views)) or int(views)
-        positions, view = np.divmod(np.asarray(rows), count)
+        positions, view = np.divmod(np.asarray(rows), views_count(views))
         batch = self.splits[split][positions.tolist()]
         images, index = batch["image"].to(device), batch["index"].to(device)
-        if count > 1 and views == "flip":
-            mirrored = torch.from_numpy(view == 1).to(device)[:, None, None, None]
-            images = torch.where(mirrored, images.flip(3), images)
-        elif count > 1 and self.augment is not None:
+        return self._viewed(images, index, torch.from_numpy(view).to(device), views)
+
+    def _viewed(self, images: Tensor, index: Tensor, view: Tensor, views: str | int) -> Tensor:
+        if views == "flip":
+            images = torch.where((view == 1)[:, None, None, None], images.flip(3), images)
+        elif isinstance(views, int) and self.augment is not None:
             # Not mixed: a view is of one image.
             augment = dataclasses.replace(self.augment, mixup=0.0, cutmix=0.0)
-            index = index * count + torch.from_numpy(view).to(device)
-            drawn = {"image": images, "index": index}
+            drawn = {"image": images, "index": index * views + view}
             return augment.batch(drawn, self.prepare_images, 0, seed=0, epoch=0)["image"]
         return self.prepare_images(images)
 
@@ -253,7 +268,11 @@ class TransferDataModule(L.LightningDataModule):
         return self.trainer.current_epoch if self.trainer is not None else 0
 
     def transform(self, batch: Batch, *, augment: bool, epoch: int = 0) -> Batch:
-        """The batch with its images normalised; augmented first if the stage augments."""
+        """The batch with its images normalised; if `augment`, as the stage trains on them."""
+        if augment and (count := views_count(self.stage_views)) > 1:
+            index = batch["index"]
+            view = drawn_view(count, index, seed=self.stage_seed, epoch=epoch)
+            return {**batch, "image": self._viewed(batch["image"], index, view, self.stage_views)}
         if augment and self.stage_augments and self.augment is not None:
             return self.augment.batch(
                 batch, self.prepare_images, self.num_classes, seed=self.stage_seed, epoch=epoch

@@ -16,6 +16,16 @@ from graft.data.source import Split
 Batch = dict[str, Tensor]
 
 
+def views_count(views: str | int) -> int:
+    """Of each image: "none" (1), "flip" (2: the image, its mirror image) or a number."""
+    return {"none": 1, "flip": 2}.get(str(views)) or int(views)
+
+
+def drawn_view(count: int, index: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """(N,) which view of each image an epoch trains on."""
+    return (uniform(seed, epoch, index, 1, first=VIEW)[:, 0] * count).long()
+
+
 class ImageDataset(Dataset[Batch]):
     """Chosen rows of a split, a batch by one indexing call: `dataset[list of positions]`.
 
@@ -57,6 +67,6 @@ class FeatureDataset(Dataset[Batch]):
         index = torch.as_tensor(positions)
         rows = index
         if (views := self.features.views) > 1:
-            drawn = uniform(self.seed, self.epoch(), index, 1, first=VIEW)[:, 0]
-            rows = index * views + (drawn * views).long()
+            view = drawn_view(views, index, seed=self.seed, epoch=self.epoch())
+            rows = index * views + view
         return {"features": self.features[rows], "label": self.labels[index], "index": index}

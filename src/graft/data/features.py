@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,12 @@ class StoredFeatures:
 
 
 def _free_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    """Bytes that can be had without swapping; the page cache is such memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return 8 << 30
 
 
 def images_digest(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> str:
@@ -74,17 +78,31 @@ def images_digest(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> str:
 def module_digest(module: nn.Module) -> str:
     """SHA-256 of a module's parameters and buffers, its structure, and the code it runs."""
     digest = hashlib.sha256(repr(module).encode())
-    for name, value in module.state_dict().items():
+    for name, part in module.named_modules():
+        plain = {k: v for k, v in sorted(vars(part).items()) if _is_plain(k, v)}
+        digest.update(f"{name} {plain}".encode())
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
         value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     for kind in sorted({type(m) for m in module.modules()}, key=lambda k: k.__qualname__):
         if not kind.__module__.startswith("torch."):  # torch's own code is known by its version
-            try:
-                digest.update(inspect.getsource(kind).encode())
-            except (OSError, TypeError):  # made in a notebook or at run time
-                digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+            digest.update(source_of(kind).encode())
     return digest.hexdigest()
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Attributes that a `repr` may leave out and that decide results: strides, pooling, heads."""
+    kinds = (bool, int, float, str, tuple, list, type(None))
+    return name[0] != "_" and name != "training" and isinstance(value, kinds)
+
+
+def source_of(what: Any) -> str:
+    """Source text of a class, function or module; its name where it was made at run time."""
+    try:
+        return inspect.getsource(what)
+    except (OSError, TypeError):
+        return f"{getattr(what, '__module__', '')}.{getattr(what, '__qualname__', what)}"
 
 
 def entry_path(cache: Path, parts: Mapping[str, Any]) -> Path:

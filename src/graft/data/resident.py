@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Dataset
 
+from graft.data.features import DEVICE_SHARE
+
 if TYPE_CHECKING:
     from graft.data.datasets import Batch, ImageDataset
 
-SHARE = 0.25  # of the free memory, for each split: the rest is for the model and its activations
 CHUNK = 4096  # images on their way to the device
 
 
@@ -37,8 +38,8 @@ def resides(mode: str, dataset: ImageDataset, device: torch.device) -> bool:
     """Whether a split's images should live on `device`.
 
     Args:
-        mode: "auto": on a CUDA device, where they take at most `SHARE` of its free memory; "on":
-            whatever they take; "off".
+        mode: "auto": on a CUDA device, where they take at most `DEVICE_SHARE` of its free memory;
+            "on": whatever they take; "off".
     """
     if mode not in ("auto", "on", "off"):
         raise ValueError(f"data.resident={mode}: must be auto, on or off")
@@ -49,4 +50,4 @@ def resides(mode: str, dataset: ImageDataset, device: torch.device) -> bool:
     if mode != "auto":
         return mode == "on"
     size = len(dataset) * dataset.images[0].nbytes
-    return size <= SHARE * torch.cuda.mem_get_info(device)[0]
+    return size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -57,6 +57,14 @@ class ShardedRows:
         self._checked: dict[int, Path] = {}
         self._open: dict[int, tuple[int, int]] = {}  # shard -> (file descriptor, where rows start)
 
+    @staticmethod
+    def known_shape(path: Path) -> tuple[int, ...] | None:
+        """The row shape of what is in the folder, if anything is."""
+        try:
+            return tuple(json.loads((path / "about.json").read_text(encoding="utf-8"))["row_shape"])
+        except (OSError, ValueError, KeyError):
+            return None
+
     @property
     def bytes(self) -> int:
         return self.rows * self.row_bytes
@@ -70,7 +78,7 @@ class ShardedRows:
         return np.arange(start, min(start + self.shard_rows, self.rows))
 
     def missing(self) -> list[int]:
-        """Shards to be written; a damaged one is deleted and counts as missing."""
+        """Shards to be written; a damaged one counts as missing."""
         return [shard for shard in self.shards if self._find(shard) is None]
 
     def fill(self, compute: Compute, progress: Callable[[int, int], None] | None = None) -> None:
@@ -80,29 +88,41 @@ class ShardedRows:
             OSError: the disk does not hold it; what was written so far stays and will be used.
         """
         waiting = self.missing()
-        if waiting:
-            self._make_room(len(waiting))
-        while waiting:
-            got_one = False
-            for shard in waiting:
-                lock = FileLock(self.path / f"{shard:05d}.lock")
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    continue  # somebody computes it right now
-                try:
-                    if self._find(shard) is None:
-                        self._write(shard, compute(self.positions(shard)))
-                    got_one = True
-                finally:
-                    lock.release()
-                    Path(lock.lock_file).unlink(missing_ok=True)
-                if progress is not None:
-                    progress(len(self._checked), len(self.shards))
-            waiting = self.missing()
-            if waiting and not got_one:
-                with locked(self.path / f"{waiting[0]:05d}.lock"):
-                    pass  # its writer has finished, or was killed: look again
+        if not waiting:
+            return
+        self._make_room(len(waiting))
+        try:
+            while waiting:
+                got_one = False
+                for shard in waiting:
+                    got_one |= self._fill_one(shard, compute)
+                    if progress is not None:
+                        progress(len(self._checked), len(self.shards))
+                waiting = self.missing()
+                if waiting and not got_one:
+                    with locked(self.path / f"{waiting[0]:05d}.lock"):
+                        pass  # its writer has finished, or was killed: look again
+        finally:
+            if progress is not None:
+                progress(len(self.shards), len(self.shards))
+        for lock in self.path.glob("*.lock"):
+            lock.unlink(missing_ok=True)
+
+    def _fill_one(self, shard: int, compute: Compute) -> bool:
+        """False where somebody else computes it right now."""
+        lock = FileLock(self.path / f"{shard:05d}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        try:
+            if self._find(shard) is None:
+                for remains in self.path.glob(f"{shard:05d}-*"):  # damaged or unfinished
+                    remains.unlink(missing_ok=True)
+                self._write(shard, compute(self.positions(shard)))
+        finally:
+            lock.release()
+        return True
 
     def gather(self, index: NDArray[np.int64]) -> NDArray[Any]:
         """Rows in the order of `index`, read one by one: nothing stays in this process's memory,
@@ -113,7 +133,8 @@ class ShardedRows:
         for i, row in enumerate(index.tolist()):
             file, start = self._opened(row // self.shard_rows)
             where = start + row % self.shard_rows * size
-            os.preadv(file, [view[i * size : (i + 1) * size]], where)
+            if os.preadv(file, [view[i * size : (i + 1) * size]], where) != size:
+                raise OSError(f"{self.path}: a file was cut while it was read; start the run again")
         return out
 
     def blocks(self) -> Iterator[NDArray[Any]]:
@@ -138,25 +159,35 @@ class ShardedRows:
 
     def _path(self, shard: int) -> Path:
         path = self._find(shard)
-        if path is None:
+        if path is None or not path.exists():
             raise FileNotFoundError(f"{self.path}: shard {shard} is gone; start the run again")
         return path
 
     def _find(self, shard: int) -> Path | None:
         if shard not in self._checked:
             for path in sorted(self.path.glob(f"{shard:05d}-*.npy")):
-                if is_whole(path):
+                try:
+                    whole = is_whole(path)
+                except FileNotFoundError:  # another process is replacing it
+                    continue
+                if whole:
                     self._checked[shard] = path
                     break
                 log.warning("%s is damaged and will be computed again", path)
-                path.unlink(missing_ok=True)
         return self._checked.get(shard)
 
     def _write(self, shard: int, rows: NDArray[Any]) -> None:
-        partial = self.path / f"{shard:05d}.partial"
+        partial = self.path / f"{shard:05d}-{os.getpid()}.partial"
+        with np.errstate(over="ignore"):
+            stored = rows.astype(self.dtype, copy=False)
+        if np.isfinite(stored).sum() != np.isfinite(rows).sum():
+            raise ValueError(
+                f"features of up to {np.abs(rows).max():.3g} don't fit {self.dtype}: set the "
+                "stage's cache_dtype=float32"
+            )
         try:
             with NpyWriter(partial, self.row_shape, self.dtype.type) as file:
-                file.append(rows)
+                file.append(stored)
             path = self.path / f"{shard:05d}-{checksum(partial):08x}.npy"
             self._checked[shard] = partial.replace(path)
         finally:
@@ -175,7 +206,7 @@ class ShardedRows:
         about = self.path / "about.json"
         if not about.is_file():
             with contextlib.suppress(FileExistsError), about.open("x", encoding="utf-8") as file:
-                json.dump({**self.about, "gigabytes": round(self.bytes / 1e9, 4)}, file, indent=1)
+                json.dump({**self.about, "row_shape": self.row_shape}, file, indent=1)
 
 
 def checksum(path: Path) -> int:

@@ -59,7 +59,10 @@ def _describe(path: Path) -> str:
 
 
 def damaged(entry: Entry) -> list[Path]:
-    """Files that are not what was written; they are computed again when they are needed."""
+    """Files that are not what was written; they are computed again when they are needed.
+
+    Features by their checksums, decoded images by their sizes.
+    """
     if entry.path.name.startswith("features-"):
         return [path for path in sorted(entry.path.glob("*-*.npy")) if not is_whole(path)]
     return [] if read_entry(entry.path) is not None else [entry.path]
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("prune needs either --days N or --all")
     cache = options.cache.expanduser()
     found = entries(cache)
-    bad = 0
+    kept, bad = list(found), 0
     for entry in found:
         if options.action == "verify":
             wrong = damaged(entry)
@@ -89,7 +92,8 @@ def main(arguments: Sequence[str]) -> None:
             print(entry.line)
         elif options.all or entry.days >= options.days:
             shutil.rmtree(entry.path)
+            kept.remove(entry)
             print(f"deleted {entry.line}")
-    print(f"{len(found)} entries, {sum(e.bytes for e in found) / 1e9:.2f} GB in {cache}")
+    print(f"{len(kept)} entries, {sum(e.bytes for e in kept) / 1e9:.2f} GB in {cache}")
     if bad:
         sys.exit(f"graft: {bad} damaged files; they are computed again when a run needs them")

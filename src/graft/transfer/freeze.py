@@ -64,6 +64,8 @@ def set_modes(backbone: Backbone, learning: Sequence[str], norm: NormPolicy) -> 
 
     `requires_grad=False` alone leaves the statistics of a BatchNorm in train mode moving.
     """
+    if not learning:
+        backbone.eval()
     for name, block in backbone.blocks.named_children():
         if name not in learning:
             block.eval()

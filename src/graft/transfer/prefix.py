@@ -20,7 +20,7 @@ from graft.backbones.base import Backbone
 log = logging.getLogger(__name__)
 
 CPU_BATCH, GPU_BATCH = 16, 256  # images; activations of 16 stay in a CPU's cache
-TOLERANCE = 1e-4  # of the largest output: what folding BatchNorm may change
+TOLERANCE = (1e-4, 1e-2)  # of the largest output, CPU and CUDA (TF32): what folding may change
 
 Prepared = Callable[[NDArray[np.int64]], Tensor]
 """Positions -> prepared images on the prefix's device."""
@@ -29,7 +29,8 @@ Prepared = Callable[[NDArray[np.int64]], Tensor]
 class FrozenPrefix:
     """`blocks[:cut]` of a backbone, or its features where `cut` is past the last block.
 
-    A copy with BatchNorm folded into the convolutions before it; always in eval.
+    A copy, always in eval, with BatchNorm folded into the convolutions before it. The original is
+    never touched: to switch it to eval and back would put its frozen blocks into train mode.
 
     Args:
         context: autocast of the trainer's precision, so that stored features are those that the
@@ -43,48 +44,51 @@ class FrozenPrefix:
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.context = context
-        whole = cut == len(backbone.blocks)
-        self.plain: nn.Module = backbone if whole else backbone.blocks[:cut]
         self.device = next(backbone.parameters()).device
-        self.module = self._folded(backbone, cut) if whole else fold(self.plain)
-        self.module.eval()
+        whole = copy.deepcopy(backbone).eval()
+        self.whole = cut == len(whole.blocks)
+        self.plain: nn.Module = whole if self.whole else whole.blocks[:cut].eval()
+        self.module: nn.Module | None = None
 
-    def _folded(self, backbone: Backbone, cut: int) -> nn.Module:
-        copied = copy.copy(backbone)  # its blocks alone are replaced, not those of the original
-        copied._modules = dict(backbone._modules)
-        copied.blocks = fold(backbone.blocks)
-        return copied
-
-    def check(self, images: Tensor) -> None:
-        """Go back to the plain modules if folding changed what they give for `images`."""
-        was_training = self.plain.training
-        self.plain.eval()
-        expected, found = self._apply(self.plain, images), self._apply(self.module, images)
-        if not torch.allclose(found, expected, atol=TOLERANCE * float(expected.abs().max())):
+    def fold(self, images: Tensor) -> None:
+        """Fold BatchNorm, unless that changes what comes out for `images`."""
+        if isinstance(self.plain, Backbone):
+            folded: nn.Module = copy.copy(self.plain)  # its blocks alone are replaced
+            folded._modules = dict(self.plain._modules)
+            folded.blocks = fold(self.plain.blocks)
+        else:
+            folded = fold(self.plain)
+        with torch.inference_mode():  # without autocast, whose rounding is larger than any error
+            expected, found = self.plain(images), folded.eval()(images)
+        tolerance = TOLERANCE[self.device.type == "cuda"] * float(expected.abs().max())
+        self.module = folded
+        if not torch.allclose(found, expected, atol=tolerance):
             log.warning("folding BatchNorm changes the features of this backbone: left as it is")
-            self.module = copy.deepcopy(self.plain).eval()
-        self.plain.train(was_training)
+            self.module = self.plain
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return self._apply(self.module, images)
+    def ready(self, images: Tensor) -> None:
+        """Fold now: threads must not do it side by side."""
+        if self.module is None:
+            self.fold(images)
 
     @torch.inference_mode()
-    def _apply(self, module: nn.Module, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
+        self.ready(images[:2])
+        module = self.module or self.plain
         with self.context():
             return module(images).float()
 
 
 def fold(blocks: nn.Module) -> nn.Sequential:
-    """A copy of `blocks` with BatchNorm folded into convolutions, block by block where possible."""
+    """`blocks` with copies, BatchNorm folded into convolutions, of those where that is possible."""
     folded = nn.Sequential()
     for name, block in blocks.named_children():
-        new = copy.deepcopy(block).eval()
-        if any(isinstance(m, nn.BatchNorm2d) for m in new.modules()):
+        if any(isinstance(m, nn.BatchNorm2d) for m in block.modules()):
             try:
-                new = fuse(new)
-            except Exception as error:  # tracing fails in many ways; the copy is right as it is
+                block = fuse(block)
+            except Exception as error:  # tracing fails in many ways; the block is right as it is
                 log.debug("block %s is not folded: %s", name, error)
-        folded.add_module(name, new)
+        folded.add_module(name, block)
     return folded
 
 
@@ -92,8 +96,8 @@ class Extractor:
     """Rows of features for positions, in batches spread over the cores.
 
     On a CPU, one batch per core at a time, each on a single thread, usually beats all threads on
-    one batch (small layers don't split well, and a busy machine stalls every barrier). Which one
-    does is measured on the first two rounds.
+    one batch (small layers don't split well, and a busy machine stalls every barrier). `choose`
+    measures which one does, here and now.
     """
 
     def __init__(self, prefix: FrozenPrefix, prepared: Prepared) -> None:
@@ -101,7 +105,7 @@ class Extractor:
         self.on_cpu = prefix.device.type == "cpu"
         self.batch = CPU_BATCH if self.on_cpu else GPU_BATCH
         self.threads = torch.get_num_threads()
-        self.workers: int | None = None if self.on_cpu and self.threads > 1 else 1
+        self.workers = 1
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """(n,) -> (n, ...)."""
@@ -109,35 +113,43 @@ class Extractor:
 
     def parts(self, positions: NDArray[np.int64]) -> Iterator[Tensor]:
         """The same in parts, on the CPU."""
-        batches = [
-            positions[start : start + self.batch] for start in range(0, len(positions), self.batch)
-        ]
-        if self.workers is None and len(batches) >= 4 * self.threads:
-            self.workers = self._choose(batches[: 2 * self.threads])
-        if (self.workers or 1) > 1:
+        # No larger than leaves a batch for each core.
+        size = min(self.batch, -(-len(positions) // self.threads)) if self.on_cpu else self.batch
+        batches = [positions[start : start + size] for start in range(0, len(positions), size)]
+        if self.workers > 1:
             yield from self._side_by_side(batches)
         else:
             yield from map(self._one, batches)
+
+    def choose(self, positions: NDArray[np.int64]) -> int:
+        """Try both ways on a few batches of `positions`, and stay with the faster one."""
+        batches = [
+            positions[start : start + self.batch] for start in range(0, len(positions), self.batch)
+        ][: 2 * self.threads]
+        if self.on_cpu and 1 < self.threads <= len(batches):
+            self._one(batches[0])  # folds, and chooses kernels
+            seconds = {}
+            for workers, run in (
+                (1, lambda b: map(self._one, b)),
+                (self.threads, self._side_by_side),
+            ):
+                started = time.perf_counter()
+                for _ in run(batches):
+                    pass
+                seconds[workers] = time.perf_counter() - started
+            self.workers = min(seconds, key=lambda workers: seconds[workers])
+        return self.workers
 
     def _one(self, batch: NDArray[np.int64]) -> Tensor:
         return self.prefix(self.prepared(batch)).cpu()
 
     def _side_by_side(self, batches: list[NDArray[np.int64]]) -> Iterator[Tensor]:
+        self.prefix.ready(self.prepared(batches[0][:2]))
         try:
             with ThreadPoolExecutor(self.threads, initializer=_single_thread) as pool:
                 yield from pool.map(self._one, batches)
         finally:
             torch.set_num_threads(self.threads)  # part of the setting is the whole process's
-
-    def _choose(self, batches: list[NDArray[np.int64]]) -> int:
-        self._one(batches[0])  # chooses kernels
-        seconds = {}
-        for workers, run in ((1, lambda b: map(self._one, b)), (self.threads, self._side_by_side)):
-            started = time.perf_counter()
-            for _ in run(batches):
-                pass
-            seconds[workers] = time.perf_counter() - started
-        return min(seconds, key=lambda workers: seconds[workers])
 
 
 def _single_thread() -> None:

@@ -42,8 +42,8 @@ class Stage:
         cache: compute what is frozen once. "auto": where the stage does not augment and the
             outputs fit `cache_limit_gb`; "on": or else refuse; "off": recompute every epoch.
         cache_dtype: "float32", or "float16" for half the size.
-        views: what is stored of each training image: "none" (the image), "flip" (its mirror image
-            too) or a number of random augmentations; each epoch draws one of them.
+        views: of each training image: "none" (the image), "flip" (its mirror image too) or a
+            number of random augmentations, all of which can be stored; each epoch draws one.
         optimizer: called with (parameter groups, lr=...).
         solver: "sgd" (a fit with `optimizer`), or "ridge" or "lbfgs" for a linear head on stored
             features. lbfgs: `epochs` is its largest number of iterations, `weight_decay` its
@@ -201,18 +201,31 @@ class StartStage(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = cast("TransferModule", pl_module)
         module.to(trainer.strategy.root_device)
-        store = self.new_store(
-            module, self.datamodule, self.stage, precision=trainer.precision_plugin
-        )
+        self.threads = torch.get_num_threads()  # the launcher has divided the cores by now
         splits = ("test",) if stage == "test" else ("train", "val")
+        limits = [getattr(trainer, f"limit_{split}_batches") for split in splits]
+        store = self.new_store(
+            module,
+            self.datamodule,
+            self.stage,
+            precision=trainer.precision_plugin,
+            limited=any(limit != 1.0 or isinstance(limit, int) for limit in limits),
+        )
         features = store.features(splits)
-        self.datamodule.start_stage(self.index, augment=self.stage.augment, features=features)
+        self.datamodule.start_stage(
+            self.index, augment=self.stage.augment, features=features, views=self.stage.views
+        )
         if stage != "test":
             measure_head(module, store, features.get("train"))
         head_alone = bool(features) and module.cut == len(module.backbone.blocks)
         work = 6 * self.datamodule.batch_size * sum(p.numel() for p in module.head.parameters())
         if head_alone and work < SMALL_STEP:
             torch.set_num_threads(1)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        torch.set_num_threads(self.threads)  # `teardown` is not called
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         torch.set_num_threads(self.threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 import graft
-from graft.data.features import StoredFeatures, entry_path, module_digest
+from graft.data import batch_transforms, boxes, draws
+from graft.data.datasets import views_count
+from graft.data.features import StoredFeatures, entry_path, module_digest, source_of
 from graft.data.shards import ShardedRows
 from graft.heads import Standardize
 from graft.transfer.prefix import Extractor, FrozenPrefix
@@ -32,7 +35,7 @@ def why_not(module: TransferModule, datamodule: TransferDataModule, stage: Stage
     if module.cut == 0:
         return "its first block learns"
     if stage.augment and (datamodule.augment or datamodule.sample_transform) is not None:
-        return "it augments the images (transfer.stages.STAGE.views stores augmented ones)"
+        return "it augments the images (augment=false and views=8 would store augmented ones)"
     if module.cut < len(module.backbone.blocks):
         if module.backbone.taps is not None:
             return "taps need the earlier blocks"
@@ -46,6 +49,7 @@ class FeatureStore:
 
     Args:
         precision: the trainer's: features are those the stage would compute itself.
+        limited: whether only some batches are going to run: nothing is worth storing then.
         tell: prints a line; `progress` is called with (shards done, all shards).
     """
 
@@ -57,14 +61,17 @@ class FeatureStore:
         cache: Path,
         *,
         precision: Precision | None = None,
+        limited: bool = False,
         tell: Tell = lambda text: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.module, self.datamodule, self.stage = module, datamodule, stage
         self.cache, self.tell, self.progress = cache, tell, progress
         self.precision = precision or Precision()
-        self.prefix: FrozenPrefix | None = None
+        self.limited = limited
+        self.prefix = FrozenPrefix(module.backbone, module.cut, self.precision.forward_context)
         self.digest = ""
+        self.workers: int | None = None
 
     def features(self, splits: Sequence[str]) -> Mapping[str, StoredFeatures]:
         """Features of the splits; empty where the stage computes them itself.
@@ -77,6 +84,8 @@ class FeatureStore:
         if stage.cache == "off":
             return {}
         reason = why_not(self.module, self.datamodule, stage)
+        if reason is None and self.limited and stage.cache == "auto" and stage.solver == "sgd":
+            reason = "few batches are run (limit_..._batches)"
         if reason is None:
             entries = {split: self._entry(split) for split in splits}
             gigabytes = sum(entry.bytes for entry in entries.values()) / 1e9
@@ -98,57 +107,57 @@ class FeatureStore:
         backbone, device = self.module.backbone, self.module.device
         whole = FrozenPrefix(backbone, len(backbone.blocks), self.precision.forward_context)
         extractor = Extractor(whole, lambda rows: self.datamodule.prepared(split, rows, device))
-        yield from extractor.parts(np.arange(len(self.datamodule.splits[split])))
+        count = len(self.datamodule.splits[split])
+        positions = np.arange(min(count, 256) if self.limited else count)
+        extractor.choose(positions)
+        yield from extractor.parts(positions)
 
-    def _views(self, split: str) -> int:
-        views = self.stage.views if split == "train" else "none"
-        return {"none": 1, "flip": 2}.get(str(views)) or int(views)
-
-    def _prefix(self) -> FrozenPrefix:
-        if self.prefix is None:
-            self.prefix = FrozenPrefix(
-                self.module.backbone, self.module.cut, self.precision.forward_context
-            )
-            self.prefix.check(self.datamodule.prepared("train", range(2), self.module.device))
-        return self.prefix
+    def _views(self, split: str) -> str | int:
+        return self.stage.views if split == "train" else "none"
 
     def _extractor(self, split: str) -> Extractor:
-        views = self.stage.views if split == "train" else "none"
-        device = self.module.device
-        return Extractor(
-            self._prefix(), lambda rows: self.datamodule.prepared(split, rows, device, views)
+        device, views = self.module.device, self._views(split)
+        extractor = Extractor(
+            self.prefix, lambda rows: self.datamodule.prepared(split, rows, device, views)
         )
+        if self.workers is None:  # one choice for all splits
+            self.workers = extractor.choose(np.arange(len(self.datamodule.splits[split])))
+        extractor.workers = self.workers
+        return extractor
 
     def _entry(self, split: str) -> ShardedRows:
         """Where a split's features are or will be: a name made of all that decides them."""
         module, data, stage = self.module, self.datamodule, self.stage
-        prefix = self._prefix()
-        self.digest = self.digest or module_digest(prefix.plain)
+        backbone = module.backbone
+        self.digest = self.digest or module_digest(self.prefix.plain)
         views = self._views(split)
-        augmented = views > 1 and stage.views != "flip"
         parts = {
             "images": data.digest(split),
             "transform": data.preprocessing,
             "prefix": self.digest,
-            "taps": module.backbone.taps if module.cut == len(module.backbone.blocks) else None,
-            "mirror": module.backbone.mirror,
+            "taps": backbone.taps if self.prefix.whole else None,
+            "mirror": backbone.mirror,
             "block": module.cut,
-            "views": f"{stage.views} {data.augment}" if augmented else views,
+            "views": (views, data.augment if isinstance(views, int) else None),
+            "code": [source_of(code) for code in (backbone.pool, batch_transforms, boxes, draws)],
             "dtype": stage.cache_dtype,
             "precision": f"{self.precision.precision} {torch.get_float32_matmul_precision()}",
             "device": module.device.type,
             "versions": (graft.__version__, torch.__version__, torchvision.__version__),
         }
-        shape = tuple(prefix(data.prepared(split, range(1), module.device)).shape[1:])
+        path = entry_path(self.cache, parts)
+        shape = ShardedRows.known_shape(path)
+        if shape is None:
+            shape = tuple(self.prefix(data.prepared(split, range(1), module.device)).shape[1:])
+        count = views_count(views)
         about = {
             "backbone": module.backbone.description or "a backbone",
             "blocks": f"{module.cut} of {len(module.backbone.blocks)}",
-            "rows": f"{len(data.splits[split])} images of {split}, {views} views",
+            "rows": f"{len(data.splits[split])} images of {split}, {count} views",
             "input": f"{data.preprocessing.crop_size} px",
         }
-        rows = len(data.splits[split]) * views
         return ShardedRows(
-            entry_path(self.cache, parts), rows, shape, stage.cache_dtype, about=about
+            path, len(data.splits[split]) * count, shape, stage.cache_dtype, about=about
         )
 
     def _filled(self, split: str, entry: ShardedRows) -> StoredFeatures:
@@ -164,7 +173,8 @@ class FeatureStore:
             self.tell(f"features  {split}: {seconds:.1f} s, {images / seconds:.0f} images/s")
         else:
             self.tell(f"features  {split}: stored already, {entry.bytes / 1e9:.2f} GB")
-        return StoredFeatures(entry, self._views(split), self.module.device)
+            os.utime(entry.path / "about.json")  # `graft cache prune` goes by it
+        return StoredFeatures(entry, views_count(self._views(split)), self.module.device)
 
 
 def measure_head(
