@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,14 @@ class FeatureStore:
         self.cache, self.tell, self.progress = cache, tell, progress
         self.precision = precision or Precision()
         self.limited = limited
-        self.prefix = FrozenPrefix(module.backbone, module.cut, self.precision.forward_context)
         self.digest = ""
         self.workers: int | None = None
+
+    @cached_property
+    def prefix(self) -> FrozenPrefix:
+        """Made when it is needed: it is a copy, and full fine-tuning stores nothing."""
+        backbone, cut = self.module.backbone, self.module.cut
+        return FrozenPrefix(backbone, cut, self.precision.forward_context)
 
     def features(self, splits: Sequence[str]) -> Mapping[str, StoredFeatures]:
         """Features of the splits; empty where the stage computes them itself.
