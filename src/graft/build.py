@@ -10,6 +10,7 @@ from graft.data.datamodule import TransferDataModule
 from graft.heads import Head, seeded_head
 from graft.module import TransferModule
 from graft.transfer.grid import Grid
+from graft.transfer.lora import LoRA
 from graft.transfer.stages import Stage
 
 
@@ -19,7 +20,13 @@ def build(config: dict[str, Any]) -> tuple[TransferModule, TransferDataModule]:
     backbone.mirror = config["mirror"]
     # `root` is in the group for the command line; only the source takes it.
     data = {key: value for key, value in config["data"].items() if key != "root"}
-    datamodule = make(data, preprocessing=backbone.preprocessing, seed=config["seed"])
+    stages = config["transfer"]["stages"].values()
+    datamodule = make(
+        data,
+        preprocessing=backbone.preprocessing,
+        stage_sizes=[stage["image_size"] for stage in stages if stage.get("image_size")],
+        seed=config["seed"],
+    )
     datamodule.prepare_data()
     datamodule.setup()
     wanted = config["head"].get("num_classes")
@@ -54,7 +61,11 @@ def build_stages(config: dict[str, Any]) -> list[Stage]:
     stages: list[Stage] = []
     for name, values in config["transfer"]["stages"].items():
         values = dict(values)
-        optimizer = {**config["optimizer"], **(values.pop("optimizer", None) or {})}
+        optimizer = dict(config["optimizer"])
+        own = values.pop("optimizer", None) or {}
+        if "_target_" in own:  # another optimizer takes other arguments
+            optimizer = {"lr": optimizer["lr"], "weight_decay": optimizer["weight_decay"]}
+        optimizer |= own
         for key in ("lr", "weight_decay"):
             if values.get(key) is None:
                 values[key] = optimizer[key]
@@ -67,6 +78,8 @@ def build_stages(config: dict[str, Any]) -> list[Stage]:
                 bind_head(config), **{key: lists.get(key) or [own] for key, own in given.items()}
             )
         try:
+            if values.get("lora"):
+                values["lora"] = LoRA(**values["lora"])
             stages.append(
                 Stage(
                     name=name,

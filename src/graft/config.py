@@ -117,8 +117,16 @@ CHECKS: dict[str, Check] = {
     "trainer.limit_test_batches": POSITIVE,
     "trainer.log_every_n_steps": POSITIVE_INT,
     "transfer.stages.*.epochs": POSITIVE_INT,
-    "transfer.stages.*.norm": _one_of("train", "stats", "frozen"),
-    "transfer.stages.*.augment": BOOL,
+    "transfer.stages.*.norm": _one_of("train", "stats", "affine", "frozen"),
+    "transfer.stages.*.augment": ("true, false, or what differs from data.augment", BOOL[1]),
+    "transfer.stages.*.train_head": BOOL,
+    "transfer.stages.*.image_size": _or_null(POSITIVE_INT),
+    "transfer.stages.*.label_smoothing": _or_null(BELOW_ONE),
+    "transfer.stages.*.lora": ("null, or a rank and an alpha", lambda v: v is None),
+    "transfer.stages.*.lora.rank": POSITIVE_INT,
+    "transfer.stages.*.lora.alpha": POSITIVE,
+    "transfer.stages.*.l2_sp": NOT_NEGATIVE,
+    "transfer.stages.*.ema": BELOW_ONE,
     "transfer.stages.*.lr": POSITIVE,
     "transfer.stages.*.weight_decay": NOT_NEGATIVE,
     "transfer.stages.*.layer_decay": POSITIVE,
@@ -134,6 +142,8 @@ CHECKS: dict[str, Check] = {
     "transfer.stages.*.solver": _one_of("sgd", "ridge", "lbfgs"),
     "transfer.stages.*.strengths": _or_null(_list_of(POSITIVE)),
 }
+AUGMENT = {key.rpartition(".")[2]: c for key, c in CHECKS.items() if "data.augment." in key}
+CHECKS |= {f"transfer.stages.*.augment.{key}": check for key, check in AUGMENT.items()}
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,15 +7,40 @@ from typing import Any
 
 def conflict(plain: dict[str, Any]) -> str | None:
     """The first conflict in a resolved config, in one line."""
-    return _grid_problem(plain) or _solver_problem(plain) or _augment_problem(plain)
+    return (
+        _stage_problem(plain)
+        or _grid_problem(plain)
+        or _solver_problem(plain)
+        or _augment_problem(plain)
+    )
+
+
+def _stage_problem(plain: dict[str, Any]) -> str | None:
+    """What contradicts itself within a stage, or would do nothing."""
+    for name, stage in plain["transfer"]["stages"].items():
+        key = f"transfer.stages.{name}"
+        if stage.get("trainable", "all") != "head":
+            if stage.get("lora") and stage.get("l2_sp"):
+                return f"{key}.l2_sp: adapters of lora leave the pretrained weights as they are"
+            continue
+        if not stage.get("train_head", True):
+            return f"{key}: trainable=head and train_head=false: nothing would learn"
+        for option in ("lora", "l2_sp"):
+            if stage.get(option):
+                return f"{key}.{option} is about the backbone, and trainable=head freezes that"
+    return None
 
 
 def _augment_problem(plain: dict[str, Any]) -> str | None:
     """What a user set and no stage would act on."""
     stages = plain["transfer"]["stages"]
+    known = [key for key in plain["data"].get("augment") or {} if key != "_target_"]
     for name, stage in stages.items():
+        own = stage.get("augment", True)
+        if known and isinstance(own, dict) and (unknown := own.keys() - known):
+            return f"no key {min(unknown)} in transfer.stages.{name}.augment: {', '.join(known)}"
         views = stage.get("views", "none")
-        if views != "none" and stage.get("augment", True):
+        if views != "none" and stage.get("augment", True) is not False:
             return (
                 f"transfer.stages.{name}.views={views} takes the place of fresh augmentation: set "
                 f"transfer.stages.{name}.augment=false"
@@ -23,7 +48,7 @@ def _augment_problem(plain: dict[str, Any]) -> str | None:
         if isinstance(views, int) and plain["data"].get("augment") is None:
             return f"transfer.stages.{name}.views={views}: data.augment is null, all would be equal"
     if plain["data"].get("sample_transform") is not None and not any(
-        stage.get("augment", True) for stage in stages.values()
+        stage.get("augment", True) is not False for stage in stages.values()
     ):
         return "data.sample_transform: no stage of this plan augments, so it would do nothing"
     return None
@@ -49,8 +74,9 @@ def _grid_problem(plain: dict[str, Any]) -> str | None:
         )
     if stage.get("solver", "sgd") != "sgd":
         return f"head.grid: transfer.stages.{name}.solver={stage['solver']} solves for one head"
-    augment = plain["data"].get("augment") or {}
-    if stage.get("augment", True) and (augment.get("mixup") or augment.get("cutmix")):
+    own = stage.get("augment", True)
+    augment = {**(plain["data"].get("augment") or {}), **(own if isinstance(own, dict) else {})}
+    if own is not False and (augment.get("mixup") or augment.get("cutmix")):
         return "head.grid: knows hard labels: set data.augment.mixup=0 and data.augment.cutmix=0"
     if plain["trainer"].get("gradient_clip_val") is not None:
         return "head.grid: trainer.gradient_clip_val takes a norm over all heads: set it to null"

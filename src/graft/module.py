@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -20,8 +20,16 @@ from torchmetrics.classification import MulticlassAccuracy
 from graft.backbones.base import Backbone
 from graft.data.datasets import Batch
 from graft.heads import Head, HeadGrid
-from graft.transfer.freeze import batch_norms, freeze_for_stage, learning_blocks, set_modes
+from graft.transfer.freeze import (
+    MOVING,
+    batch_norms,
+    freeze_for_stage,
+    learning_parameters,
+    prefix_length,
+    set_modes,
+)
 from graft.transfer.grid import GridFit, GridRecord
+from graft.transfer.lora import add_adapters, merge_adapters
 from graft.transfer.param_groups import param_groups
 from graft.transfer.per_head import PerHead, grid_groups
 from graft.transfer.stages import Stage
@@ -58,21 +66,52 @@ class TransferModule(L.LightningModule):
         self.learning: Sequence[str] = ()
         self.cut = len(backbone.blocks)
         self.grid: GridFit | None = None  # while the head is a grid of heads
+        self.pretrained: dict[str, Tensor] = {}  # of the backbone, for stages with l2_sp
         self.checkpoint_note: dict[str, Any] = {}
 
     def start_stage(self, stage: Stage) -> None:
-        """Freeze what the stage does not train; `cut` becomes the first learning block."""
+        """Freeze what the stage does not train; `cut` becomes the first learning block.
+
+        Raises:
+            ValueError: a part that matches nothing, or a stage in which nothing learns.
+        """
         self.stage = stage
-        self.learning = learning_blocks(self.backbone, stage.trainable)
-        self.cut = freeze_for_stage(self.backbone, self.learning, stage.norm)
-        self.train(self.training)
+        names = learning_parameters(self.backbone, stage.trainable)
+        self.learning = freeze_for_stage(self.backbone, names, stage.norm)
+        self.cut = prefix_length(self.backbone, self.learning)
+        if stage.lora is not None:
+            self.backbone.requires_grad_(False)
+            if add_adapters(self.backbone.blocks, names, stage.lora) == 0:
+                raise ValueError(f"lora: no linear layer or convolution in {stage.trainable}")
+        self.head.requires_grad_(stage.train_head)
+        if not any(p.requires_grad for p in self.parameters()):
+            raise ValueError(f"stage {stage.name}: nothing is trainable, neither backbone nor head")
+        if stage.l2_sp and not self.pretrained:
+            raise RuntimeError("call remember_pretrained before a stage with l2_sp")
+        self.train()
+
+    def finish_stage(self) -> None:
+        """Call it with the stage's best weights loaded: its adapters become part of them."""
+        merge_adapters(self.backbone.blocks)
+
+    def remember_pretrained(self) -> None:
+        """Keep the backbone's weights as they are now, for the penalty of stages with l2_sp."""
+        parameters = self.backbone.named_parameters()
+        self.pretrained = {name: p.detach().clone() for name, p in parameters}
 
     def train(self, mode: bool = True) -> TransferModule:
         """As `nn.Module.train`, but what is frozen stays in eval whoever asks."""
         super().train(mode)
         if self.stage is not None and mode:
             set_modes(self.backbone, self.learning, self.stage.norm)
+            self.head.train(self.stage.train_head)
         return self
+
+    @property
+    def smoothing(self) -> float:
+        """Label smoothing of the current stage."""
+        own = self.stage.label_smoothing if self.stage is not None else None
+        return self.label_smoothing if own is None else own
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) normalised images -> (N, num_classes) logits."""
@@ -85,22 +124,37 @@ class TransferModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.grid is not None:
-            losses = self.grid.training_losses(
-                self._logits(batch), batch["label"], self.label_smoothing
-            )
+            losses = self.grid.training_losses(self._logits(batch), batch["label"], self.smoothing)
             shown = torch.where(losses.isfinite(), losses, torch.nan).nanmean()
             self._log_step(shown)
             return losses.sum()  # a head's gradient is that of its own loss
         loss = F.cross_entropy(
             self._logits(batch),
             batch.get("target", batch["label"]),  # probabilities, where images are mixed
-            label_smoothing=self.label_smoothing,
+            label_smoothing=self.smoothing,
         )
         self.train_loss.update(loss.detach())
         if self.trainer.is_last_batch:
             self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         self._log_step(loss)
         return loss
+
+    def on_fit_start(self) -> None:
+        self.pretrained = {name: w.to(self.device) for name, w in self.pretrained.items()}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The gradient of l2_sp / 2 * |w - w_pretrained|^2, before any clipping.
+
+        Here rather than in the loss: it costs one pass over the weights for each step, and is
+        exact under accumulation, ranks and loss scaling.
+        """
+        if self.stage is None or not self.stage.l2_sp:
+            return
+        learning = {n: p for n, p in self.backbone.named_parameters() if p.grad is not None}
+        start = [self.pretrained[name] for name in learning]
+        gradients = [p.grad for p in learning.values() if p.grad is not None]
+        away = torch._foreach_sub([p.detach() for p in learning.values()], start)
+        torch._foreach_add_(gradients, away, alpha=self.stage.l2_sp)
 
     def _log_step(self, loss: Tensor) -> None:
         # `self.log` takes as long as a step of a small head: it is called when something is due.
@@ -158,7 +212,7 @@ class TransferModule(L.LightningModule):
         if self.trainer.world_size == 1 or self.stage is None:
             return
         moving: list[nn.Module] = [self.head]
-        if self.stage.norm != "frozen":
+        if self.stage.norm in MOVING:
             moving += [self.backbone.blocks.get_submodule(name) for name in self.learning]
         for norm in (norm for module in moving for norm in batch_norms(module)):
             for buffer in (norm.running_mean, norm.running_var):
@@ -209,6 +263,7 @@ class TransferModule(L.LightningModule):
             self.head,
             lr=stage.lr,
             weight_decay=stage.weight_decay,
+            backbone_weight_decay=0.0 if stage.l2_sp else stage.weight_decay,
             layer_decay=stage.layer_decay,
             head_lr_scale=stage.head_lr_scale,
             decay_norm_and_bias=stage.decay_norm_and_bias,

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from graft.data.datamodule import TransferDataModule
+from graft.loggers import TensorBoard
 from graft.module import TransferModule
 from graft.transfer.param_groups import describe_groups
 from graft.transfer.stages import Stage, StageResult
+
+WORDS = ("group", "trainable", "norm")  # columns of the table of groups
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -48,6 +52,20 @@ def print_start(
     say(f"run       {run}")
 
 
+def stage_table(module: TransferModule) -> list[dict[str, Any]]:
+    """Parameter groups of the module's stage, then what is frozen."""
+    return describe_groups(module.stage_groups(), module.backbone, module.head)
+
+
+def log_stage(rows: Sequence[dict[str, Any]], name: str, loggers: Sequence[Logger]) -> None:
+    """The same table in TensorBoard, as text."""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in cells)
+    for logger in loggers:
+        if isinstance(logger, TensorBoard):
+            logger.experiment.add_text(f"groups/{name}", text, logger.step_offset)
+
+
 @rank_zero_only
 def print_stage(module: TransferModule, stage: Stage) -> None:
     """The table of parameter groups: what learns, how fast."""
@@ -60,14 +78,13 @@ def print_stage(module: TransferModule, stage: Stage) -> None:
         seeds = {point.seed for point in points}
         if len(seeds) > 1 and all(bool((p[0] == p[1]).all()) for p in module.head.parameters()):
             say("          note: these heads start equal whatever the seed, so they stay equal")
-    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
     table = Table(title=f"stage {stage.name}: {stage.epochs} epochs", title_justify="left")
-    for column in ("group", "tensors", "parameters", "lr", "weight_decay"):
-        table.add_column(column, justify="left" if column == "group" else "right")
-    for row in describe_groups(module.stage_groups()):
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-    if frozen:
-        table.add_row("frozen", "", f"{frozen:,}", "0", "", style="dim")
+    rows = stage_table(module)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in WORDS else "right")
+    for row in rows:
+        cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in row.values())
+        table.add_row(*cells, style="dim" if row["trainable"] == "no" else None)
     console.print(table)
 
 

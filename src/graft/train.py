@@ -125,11 +125,15 @@ def train(
         make_trainer, options=options, callbacks=config["callbacks"] or {}, loggers=loggers
     )
 
+    groups: dict[str, list[dict[str, Any]]] = {}
+
     def announce(stage: Stage) -> None:
         module.checkpoint_note["stage"] = stage.name
         report.print_stage(module, stage)
         if folder is not None:
-            folder.update(stage=stage.name)
+            groups[stage.name] = report.stage_table(module)
+            folder.update(stage=stage.name, groups=groups)
+            report.log_stage(groups[stage.name], stage.name, loggers)
 
     if folder is not None:
         report.print_start(module, datamodule, describe_device(options), path)

@@ -14,8 +14,9 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
 OPTIONS = sorted(
     (path.parent.name, path.stem)
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "hydra", "paths")
+    if path.parent.name not in ("experiment", "hydra", "paths", "stage")
 )
+PLANS = sorted(path.stem for path in (CONFIGS / "transfer").glob("*.yaml"))
 REQUIRED = {
     "linear_grid": ["transfer=linear_probe"],
     "image_folder": ["data.root=somewhere"],
@@ -63,12 +64,24 @@ def test_every_experiment_runs_a_batch(
         assert line in done.stdout
 
 
+@pytest.mark.parametrize("transfer", PLANS)
+def test_every_plan_runs_a_batch_in_each_of_its_stages(
+    graft: Graft, transfer: str, tmp_path: Path
+) -> None:
+    done = graft("train", *TINY, f"transfer={transfer}", "debug=fdr")
+    assert done.returncode == 0, done.stderr
+    (record,) = (json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("run.json"))
+    stages = compose(f"transfer={transfer}")["transfer"]["stages"]
+    assert list(record["groups"]) == list(stages)
+    assert record["stage"] == list(stages)[-1]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         ["head=mlp", "head.norm=standardize", "transfer=linear_probe"],
         ["head=cosine", "optimizer=adamw", "scheduler=cosine"],
-        ["callbacks=ema", "scheduler=constant", "trainer.accumulate_grad_batches=2"],
+        ["transfer=ema", "scheduler=constant", "trainer.accumulate_grad_batches=2"],
         ["callbacks=early_stopping", "head.norm=batchnorm", "head.dropout=0.2"],
         ["backbone.taps=all", "transfer=linear_probe", "label_smoothing=0.1"],
         ["transfer.stages.finetune.layer_decay=0.7", "transfer.stages.finetune.head_lr_scale=10"],
@@ -80,7 +93,7 @@ def test_every_experiment_runs_a_batch(
             "data.augment.cutmix=1",
             "label_smoothing=0.1",
             "data.num_workers=1",
-            "data.sample_transform={_target_: torchvision.transforms.v2.TrivialAugmentWide}",
+            "sample_transform=trivial_augment",
         ],
         ["logger=default"],
     ],

@@ -247,7 +247,7 @@ def test_single_image_transforms_are_for_training_stages_that_augment() -> None:
     _, datamodule = build(compose(*TINY, ROTATED))
     stored = datamodule.splits["val"][list(range(4))]["image"]
     assert torch.equal(next(iter(datamodule.loader("val", train=False)))["image"][:4], stored)
-    datamodule.start_stage(0, augment=False, features={})
+    datamodule.start_stage(0, augment=False)
     batch = next(iter(datamodule.loader("train", train=True)))
     assert torch.equal(batch["image"], datamodule.splits["train"][batch["index"].tolist()]["image"])
 

@@ -240,7 +240,8 @@ def test_views_are_stored_side_by_side_and_drawn_anew_each_epoch(tmp_path: Path)
     assert torch.allclose(features[rows], plain, atol=1e-5)
     assert torch.allclose(features[rows + 1], mirrored, atol=1e-5)
     data = made.datamodule
-    data.start_stage(0, augment=False, features={"train": features})
+    data.start_stage(0, augment=False)
+    data.features = {"train": features}
     drawn = []
     for epoch in range(8):
         data._epoch = lambda epoch=epoch: epoch  # type: ignore[method-assign, misc]

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from graft.build import build
 from graft.heads import CosineHead, Head, HeadGrid, LinearHead, MLPHead, Standardize, seeded_head
 from graft.heat_map import draw
+from graft.transfer.checkpoint import load_checkpoint
 from graft.transfer.grid import GridFit, GridPoint, GridRecord, head_losses
 from graft.transfer.param_groups import param_groups
 from graft.transfer.per_head import PerHead, grid_groups
-from graft.transfer.stages import load_checkpoint
 from tests.conftest import TINY, Train, Trained, compose
 
 RATES, DECAYS = [0.3, 0.001, 0.05], [0.0, 0.1, 0.5]
@@ -219,7 +219,7 @@ def test_checkpoints_hold_the_winner_alone_and_the_next_stage_goes_on_from_it(
 ) -> None:
     """With averaged weights, whose checkpoints hold two states."""
     grid = "head.grid={lr:[0.001,0.1],seed:[0,1]}"
-    run = train_tiny(*PROBE, "head=mlp", grid, "callbacks=ema")
+    run = train_tiny(*PROBE, "head=mlp", grid, "transfer.stages.probe.ema=0.99")
     module, _ = build(compose(*TINY, *PROBE, "head=mlp"))
     best = run.folder / "checkpoints" / "probe" / "best.ckpt"
     load_checkpoint(module, best)

@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from graft.build import build
 from graft.heads import LinearHead, Standardize
+from graft.transfer.checkpoint import load_checkpoint
 from graft.transfer.solvers import lbfgs, ridge
-from graft.transfer.stages import load_checkpoint
 from tests.conftest import TINY, Graft, Train, compose
 
 Data = tuple[torch.Tensor, torch.Tensor]

@@ -13,7 +13,7 @@ import torch
 from graft.build import build, build_stages
 from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
-from graft.transfer.stages import load_checkpoint
+from graft.transfer.checkpoint import load_checkpoint
 from tests.conftest import TINY, Train, compose, same
 
 
@@ -48,7 +48,7 @@ def test_frozen_parts_are_in_eval_whoever_calls_train() -> None:
     module.train()
     modes = {name: block.training for name, block in module.backbone.blocks.named_children()}
     assert modes == {
-        "stem": False, "stage1_1": False, "stage2_1": False, "stage3_1": True, "pool": True
+        "stem": False, "stage1_1": False, "stage2_1": False, "stage3_1": True, "pool": False
     }  # fmt: skip
     assert not any(m.training for m in module.backbone.blocks.get_submodule("stem").modules())
 
@@ -224,13 +224,13 @@ def test_checkpoints_hold_plain_values_and_the_config(train_tiny: Train) -> None
 
 
 def test_ema_weights_are_what_is_kept(train_tiny: Train) -> None:
-    run = train_tiny("scheduler=constant", "trainer.max_epochs=3", "callbacks=ema")
+    run = train_tiny("scheduler=constant", "trainer.max_epochs=3", "transfer=ema")
     path = run.folder / "checkpoints" / "finetune" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     raw, averaged = checkpoint["current_model_state"], checkpoint["state_dict"]
     key = "backbone.blocks.stem.conv.weight"
     before = initial()[key]
-    assert 0 < (averaged[key] - before).norm() < 0.5 * (raw[key] - before).norm()
+    assert 0 < (averaged[key] - before).norm() < 0.9 * (raw[key] - before).norm()
     best = torch.load(path.with_name("best.ckpt"), weights_only=True)["state_dict"]
     assert same(best, run.state())
 

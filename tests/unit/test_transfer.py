@@ -7,13 +7,16 @@ import torch
 
 from graft.backbones.base import Backbone
 from graft.backbones.resnet_cifar import resnet_cifar
+from graft.backbones.torchvision import torchvision_backbone
 from graft.heads import LinearHead
 from graft.transfer import schedules
 from graft.transfer.freeze import (
     NormPolicy,
     batch_norms,
     freeze_for_stage,
-    learning_blocks,
+    learning_parameters,
+    norm_mode,
+    prefix_length,
     set_modes,
 )
 from graft.transfer.param_groups import describe_groups, param_groups
@@ -24,52 +27,86 @@ def backbone() -> Backbone:
     return resnet_cifar(depth=8, width=4, weights=None)
 
 
-NAMES = ["stem", "stage1_1", "stage2_1", "stage3_1", "pool"]
+BLOCKS = ["stem", "stage1_1", "stage2_1", "stage3_1"]
 
 
 @pytest.mark.parametrize(
     ("trainable", "blocks"),
     [
         ("head", []),
-        ("all", NAMES),
-        (1, ["stage3_1", "pool"]),
-        (2, ["stage2_1", "stage3_1", "pool"]),
+        ("all", BLOCKS),
+        (1, ["stage3_1"]),
+        (2, ["stage2_1", "stage3_1"]),
         ("stem", ["stem"]),
         (["stage3_1", "stem"], ["stem", "stage3_1"]),
+        (["stage[12]_*"], ["stage1_1", "stage2_1"]),
     ],
 )
 def test_which_blocks_learn(
     backbone: Backbone, trainable: str | int | list[str], blocks: list[str]
 ) -> None:
-    assert learning_blocks(backbone, trainable) == blocks
+    names = learning_parameters(backbone, trainable)
+    assert freeze_for_stage(backbone, names, "train") == blocks
+    expected = [p for b in blocks for p in backbone.blocks.get_submodule(b).parameters()]
+    assert {id(p) for p in backbone.parameters() if p.requires_grad} == set(map(id, expected))
 
 
-@pytest.mark.parametrize("trainable", ["layer9", ["stem", "layer9"], 0, 9, []])
+def test_kinds_and_patterns_choose_single_parameters(backbone: Backbone) -> None:
+    norms = learning_parameters(backbone, "norms")
+    assert len(norms) == 2 * len(batch_norms(backbone.blocks)) == 18
+    assert all(backbone.blocks.get_parameter(name).ndim == 1 for name in norms)
+    biases = learning_parameters(backbone, "biases")  # its convolutions have none
+    assert biases == [name for name in norms if name.endswith(".bias")]
+    assert learning_parameters(backbone, ["stem", "*_1.conv2.weight"]) == [
+        *(n for n, _ in backbone.blocks.named_parameters() if n.startswith("stem.")),
+        "stage1_1.conv2.weight", "stage2_1.conv2.weight", "stage3_1.conv2.weight",
+    ]  # fmt: skip
+
+
+def test_norms_of_any_family_are_found() -> None:
+    """LayerNorm2d of ConvNeXt and LayerNorm of its blocks, not layer scale."""
+    convnext = torchvision_backbone(model="convnext_tiny")
+    chosen = {convnext.blocks.get_submodule(name.rpartition(".")[0])
+              for name in learning_parameters(convnext, "norms")}  # fmt: skip
+    assert {type(m).__name__ for m in chosen} == {"LayerNorm2d", "LayerNorm"}
+
+
+@pytest.mark.parametrize(
+    "trainable", ["layer9", ["stem", "layer9"], ["stem", "*.conv9.*"], "pool", 0, 9, []]
+)
 def test_a_part_that_matches_nothing_is_an_error(
     backbone: Backbone, trainable: str | int | list[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"trainable"):
-        learning_blocks(backbone, trainable)
+        learning_parameters(backbone, trainable)
+
+
+def test_a_policy_that_freezes_all_that_would_learn_is_an_error(backbone: Backbone) -> None:
+    with pytest.raises(ValueError, match="norm=frozen freezes all"):
+        freeze_for_stage(backbone, learning_parameters(backbone, "norms"), "frozen")
 
 
 def test_the_frozen_prefix_ends_at_the_lowest_learning_block(backbone: Backbone) -> None:
-    assert freeze_for_stage(backbone, [], "train") == 5
-    assert freeze_for_stage(backbone, ["stage3_1", "pool"], "train") == 3
-    assert freeze_for_stage(backbone, ["stem", "stage3_1"], "train") == 0
-    learning = {n.split(".")[0] for n, p in backbone.blocks.named_parameters() if p.requires_grad}
-    assert learning == {"stem", "stage3_1"}
+    assert prefix_length(backbone, []) == 5
+    assert prefix_length(backbone, ["stage3_1"]) == 3
+    assert prefix_length(backbone, ["stem", "stage3_1"]) == 0
 
 
 @pytest.mark.parametrize(
     ("norm", "statistics_move", "affine_learns"),
-    [("train", True, True), ("stats", True, False), ("frozen", False, False)],
+    [
+        ("train", True, True),
+        ("stats", True, False),
+        ("affine", False, True),
+        ("frozen", False, False),
+    ],
 )
 def test_batchnorm_policies(
     backbone: Backbone, norm: NormPolicy, statistics_move: bool, affine_learns: bool
 ) -> None:
-    freeze_for_stage(backbone, ["stage3_1"], norm)
+    learning = freeze_for_stage(backbone, learning_parameters(backbone, "stage3_1"), norm)
     backbone.train()
-    set_modes(backbone, ["stage3_1"], norm)
+    set_modes(backbone, learning, norm)
     before = {k: v.clone() for k, v in backbone.named_buffers() if v.is_floating_point()}
     backbone(torch.randn(8, 3, 32, 32))
     moved = {
@@ -82,6 +119,8 @@ def test_batchnorm_policies(
     for module in batch_norms(block):
         assert module.weight.requires_grad is affine_learns
     assert block.get_parameter("conv1.weight").requires_grad
+    assert norm_mode(block) == norm
+    assert norm_mode(backbone.blocks.get_submodule("stem")) == "frozen"
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(backbone: Backbone) -> None:
@@ -96,7 +135,9 @@ def test_every_trainable_parameter_is_in_exactly_one_group(backbone: Backbone) -
 def test_equal_tensors_are_all_kept() -> None:
     """Compared by identity: all BatchNorm weights start as ones (BaseFinetuning drops them)."""
     backbone = resnet_cifar(depth=8, width=4, weights=None)
-    rows = describe_groups(param_groups(backbone, LinearHead(16, 3), lr=0.1, weight_decay=0.0))
+    head = LinearHead(16, 3)
+    groups = param_groups(backbone, head, lr=0.1, weight_decay=0.0)
+    rows = describe_groups(groups, backbone, head)
     assert (
         sum(row["parameters"] for row in rows) == sum(p.numel() for p in backbone.parameters()) + 51
     )
@@ -140,7 +181,7 @@ def test_layer_decay_changes_the_step_itself(backbone: Backbone) -> None:
 
 def test_nothing_trainable_is_an_error(backbone: Backbone) -> None:
     head = LinearHead(16, 3).requires_grad_(False)
-    freeze_for_stage(backbone, [], "train")
+    backbone.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing is trainable"):
         param_groups(backbone, head, lr=0.1, weight_decay=0.0)
 

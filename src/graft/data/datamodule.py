@@ -37,6 +37,7 @@ class TransferDataModule(L.LightningDataModule):
         image_size: side in px of the images the backbone gets. None takes the weights' own resize
             and crop; a number resizes the whole image to it, without a crop.
         resize_size: shorter side before the central crop, if other than `image_size`.
+        stage_sizes: sides that stages of the plan set for themselves.
         sample_transform: for single training images, in the workers; see `SampleTransformed`.
         resident: whether images live on the GPU: "auto", "on" or "off"; see `resides`.
         val_fraction: part of the training images held out for model selection, where the source
@@ -58,6 +59,7 @@ class TransferDataModule(L.LightningDataModule):
         eval_batch_size: int = 256,
         image_size: int | None = None,
         resize_size: int | None = None,
+        stage_sizes: Sequence[int] = (),
         augment: Augment | None = None,
         sample_transform: Callable[[Tensor], Tensor] | None = None,
         resident: str = "auto",
@@ -84,8 +86,9 @@ class TransferDataModule(L.LightningDataModule):
             if resize < crop:
                 raise ValueError(f"data.resize_size={resize} is smaller than the image ({crop} px)")
             preprocessing = dataclasses.replace(preprocessing, crop_size=crop, resize_size=resize)
-        self.preprocessing = preprocessing
+        self.own_preprocessing = self.preprocessing = preprocessing
         self.prepare_images = Prepare(preprocessing)
+        self.stored_size = max(preprocessing.resize_size, *stage_sizes, 0)
         self.augment = augment
         self.sample_transform = sample_transform
         self.resident = resident
@@ -104,6 +107,7 @@ class TransferDataModule(L.LightningDataModule):
         self.seed = seed
         self.stage_index = 0
         self.stage_augments = True
+        self.stage_augment = augment
         self.stage_views: str | int = "none"
         self.features: dict[str, StoredFeatures] = {}
         self.digests: dict[str, str] = {}
@@ -117,12 +121,12 @@ class TransferDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         if self.splits:  # every stage's trainer asks again
             return
-        self.source.prepare(self.preprocessing.resize_size)
+        self.source.prepare(self.stored_size)
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
-        loaded = self.source.load(self.preprocessing.resize_size)
+        loaded = self.source.load(self.stored_size)
         self.classes = loaded.classes
         labels = loaded.train.labels
         keep = np.arange(len(labels))
@@ -153,14 +157,26 @@ class TransferDataModule(L.LightningDataModule):
         self,
         index: int,
         *,
-        augment: bool,
-        features: Mapping[str, StoredFeatures],
+        augment: bool | Mapping[str, Any] = True,
+        image_size: int | None = None,
         views: str | int = "none",
     ) -> None:
-        """What differs between stages: the draw, augmentation, and stored features per split."""
+        """What differs between stages: the draw, augmentation and the size of the images.
+
+        It drops the features of the stage before.
+        """
         self.stage_index = index
-        self.stage_augments = augment
-        self.features = dict(features)
+        self.stage_augments = augment is not False
+        self.stage_augment = self.augment if self.stage_augments else None
+        if isinstance(augment, Mapping):
+            self.stage_augment = dataclasses.replace(self.augment or Augment(), **augment)
+        self.preprocessing = self.own_preprocessing
+        if image_size is not None:
+            self.preprocessing = dataclasses.replace(
+                self.own_preprocessing, crop_size=image_size, resize_size=image_size
+            )
+        self.prepare_images = Prepare(self.preprocessing)
+        self.features = {}
         self.stage_views = views
 
     def loader(self, split: str, *, train: bool) -> DataLoader[Batch]:
@@ -273,8 +289,8 @@ class TransferDataModule(L.LightningDataModule):
             index = batch["index"]
             view = drawn_view(count, index, seed=self.stage_seed, epoch=epoch)
             return {**batch, "image": self._viewed(batch["image"], index, view, self.stage_views)}
-        if augment and self.stage_augments and self.augment is not None:
-            return self.augment.batch(
+        if augment and self.stage_augment is not None:
+            return self.stage_augment.batch(
                 batch, self.prepare_images, self.num_classes, seed=self.stage_seed, epoch=epoch
             )
         return {**batch, "image": self.prepare_images(batch["image"])}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from graft.heads import Head, HeadGrid, seeded_head
+from graft.transfer.checkpoint import replace_weights
 
 if TYPE_CHECKING:
     from graft.module import TransferModule
@@ -193,27 +193,6 @@ def finish_grid(module: TransferModule, barrier: Callable[[], None], best: Path)
     module.head, module.grid = heads.head(winner), None
     barrier()  # every rank has read the grid's weights
     if module.global_rank == 0:
-        _keep_winner(best, module.head.state_dict(prefix="head."), record.row(winner))
+        replace_weights(best, module, head=record.row(winner))
     barrier()
     return record
-
-
-def _keep_winner(path: Path, head: Mapping[str, Tensor], chosen: dict[str, Any]) -> None:
-    """Replace the grid in a checkpoint. The state of its optimizer is of no use to one head."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("head.")}
-    checkpoint["state_dict"] = {**state, **{k: v.cpu().clone() for k, v in head.items()}}
-    checkpoint["graft"] = {**checkpoint["graft"], "head": chosen}
-    checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
-    for key in ("current_model_state", "averaging_state"):  # of callbacks=ema
-        checkpoint.pop(key, None)
-    checkpoint["graft"].pop("grid", None)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

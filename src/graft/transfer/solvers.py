@@ -65,7 +65,7 @@ def solve(module: TransferModule, datamodule: TransferDataModule, stage: Stage) 
         return features, labels.repeat_interleave(features.views)
 
     train, val = stored("train"), stored("val")
-    smoothing = module.label_smoothing
+    smoothing = module.smoothing
     if stage.solver == "ridge":
         strength, weight, bias = ridge(head, train, val, stage.strengths, smoothing=smoothing)
         with torch.no_grad():

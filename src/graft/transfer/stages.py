@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,8 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
 from graft.loggers import advance
+from graft.transfer.checkpoint import load_checkpoint, replace_weights
+from graft.transfer.ema import EMA
 from graft.transfer.freeze import NormPolicy, Trainable
 from graft.transfer.grid import Grid, GridRecord, finish_grid, start_grid
+from graft.transfer.lora import LoRA
 from graft.transfer.schedules import Schedule
 from graft.transfer.solvers import Solve, Solver
 from graft.transfer.stored import FeatureStore, measure_head
@@ -35,10 +38,14 @@ class Stage:
     """One fit: what learns, for how long, with what optimizer.
 
     Args:
-        trainable: "head", "all", a number of top blocks, or block names.
-        norm: BatchNorm of the learning blocks: "train", "stats" (statistics move, affine fixed) or
-            "frozen" (both fixed).
-        augment: whether training images are augmented.
+        trainable: the part of the backbone that learns; see `learning_parameters`.
+        train_head: whether the head learns too.
+        norm: BatchNorm of the learning blocks: "train", "stats" (statistics move, affine fixed),
+            "affine" (the reverse) or "frozen" (both fixed).
+        augment: whether training images are augmented, or how: what differs from `data.augment`.
+        image_size: side in px of this stage's images, in training and evaluation; None is the
+            data's own.
+        label_smoothing: if other than the run's.
         cache: compute what is frozen once. "auto": where the stage does not augment and the
             outputs fit `cache_limit_gb`; "on": or else refuse; "off": recompute every epoch.
         cache_dtype: "float32", or "float16" for half the size.
@@ -51,6 +58,10 @@ class Stage:
         strengths: those that ridge tries; None for 30 around the scale of the features.
         grid: heads that train together in place of the module's own; the best becomes its head.
         layer_decay, head_lr_scale, decay_norm_and_bias: see `param_groups`.
+        lora: low-rank adapters in place of the weights that `trainable` chooses.
+        l2_sp: strength of the penalty towards the pretrained backbone, l2_sp / 2 * |w - w0|^2, in
+            place of its weight decay (Li et al. 2018).
+        ema: decay of a moving average of the weights, which is what is validated and kept; 0: none.
     """
 
     name: str
@@ -59,12 +70,18 @@ class Stage:
     schedule: Schedule
     lr: float
     trainable: Trainable = "all"
+    train_head: bool = True
     norm: NormPolicy = "train"
-    augment: bool = True
+    augment: bool | Mapping[str, Any] = True
+    image_size: int | None = None
+    label_smoothing: float | None = None
     weight_decay: float = 0.0
     layer_decay: float = 1.0
     head_lr_scale: float = 1.0
     decay_norm_and_bias: bool = False
+    lora: LoRA | None = None
+    l2_sp: float = 0.0
+    ema: float = 0.0
     cache: str = "auto"
     cache_limit_gb: float = 4.0
     cache_dtype: str = "float32"
@@ -108,6 +125,8 @@ def run_stages(
     Separate fits, rather than unfreezing within one, because DDP learns what trains when it wraps
     the module: what is unfrozen later is never synchronised.
     """
+    if any(stage.l2_sp for stage in stages):
+        module.remember_pretrained()
     results = []
     for index, stage in enumerate(stages):
         started = time.perf_counter()
@@ -133,7 +152,8 @@ def _fit(
     folder: Path,
 ) -> StageResult:
     best, last = _checkpoints(folder)
-    trainer = make_trainer(stage, [best, last, start])
+    average = [EMA(stage.ema)] if stage.ema else []
+    trainer = make_trainer(stage, [best, last, start, *average])
     trainer.fit(module, datamodule=datamodule)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -145,6 +165,11 @@ def _fit(
     if stage.grid is not None:
         result.grid = finish_grid(module, trainer.strategy.barrier, path)
         result.head = result.grid.row(result.grid.ranked()[0])
+    if stage.lora is not None:
+        module.finish_stage()
+        if trainer.is_global_zero:
+            replace_weights(path, module)
+        trainer.strategy.barrier()
     advance(trainer.loggers, trainer.global_step)
     return result
 
@@ -202,6 +227,12 @@ class StartStage(L.Callback):
         module = cast("TransferModule", pl_module)
         module.to(trainer.strategy.root_device)
         self.threads = torch.get_num_threads()  # the launcher has divided the cores by now
+        self.datamodule.start_stage(
+            self.index,
+            augment=self.stage.augment,
+            image_size=self.stage.image_size,
+            views=self.stage.views,
+        )
         splits = ("test",) if stage == "test" else ("train", "val")
         limits = [getattr(trainer, f"limit_{split}_batches") for split in splits]
         store = self.new_store(
@@ -212,9 +243,7 @@ class StartStage(L.Callback):
             limited=any(limit != 1.0 or isinstance(limit, int) for limit in limits),
         )
         features = store.features(splits)
-        self.datamodule.start_stage(
-            self.index, augment=self.stage.augment, features=features, views=self.stage.views
-        )
+        self.datamodule.features = dict(features)
         if stage != "test":
             measure_head(module, store, features.get("train"))
         head_alone = bool(features) and module.cut == len(module.backbone.blocks)
@@ -229,8 +258,3 @@ class StartStage(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         torch.set_num_threads(self.threads)
-
-
-def load_checkpoint(module: TransferModule, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    module.load_state_dict(state)

@@ -35,7 +35,9 @@ def why_not(module: TransferModule, datamodule: TransferDataModule, stage: Stage
     """Why a stage can't train from stored features; None if it can."""
     if module.cut == 0:
         return "its first block learns"
-    if stage.augment and (datamodule.augment or datamodule.sample_transform) is not None:
+    if datamodule.stage_augment is not None or (
+        datamodule.stage_augments and datamodule.sample_transform is not None
+    ):
         return "it augments the images (augment=false and views=8 would store augmented ones)"
     if module.cut < len(module.backbone.blocks):
         if module.backbone.taps is not None:
