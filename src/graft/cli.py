@@ -33,7 +33,9 @@ def main() -> None:
     elif command == "train":
         # Run as a module named __main__, so that Lightning starts further ranks of this very
         # command (`python -m graft.train OVERRIDES`) and Hydra sees its arguments alone.
-        del sys.argv[1]
+        # Options first: argparse takes no overrides after one that stands among them.
+        options = [a for a in sys.argv[2:] if a in ("-m", "--multirun")]
+        sys.argv[1:] = [*options, *(a for a in sys.argv[2:] if a not in options)]
         runpy.run_module("graft.train", run_name="__main__", alter_sys=True)
     elif command == "cache":
         from graft.runs.cache import main as cache

@@ -186,7 +186,7 @@ def test_a_failed_run_is_recorded_as_failed(graft: Graft, tmp_path: Path) -> Non
 def test_a_failed_job_leaves_the_rest_of_a_sweep_running(graft: Graft, tmp_path: Path) -> None:
     import json
 
-    done = graft("train", "-m", *TINY, "optimizer.lr=1e30,0.01")
+    done = graft("train", *TINY, "-m", "optimizer.lr=1e30,0.01")
     assert done.returncode != 0
     records = [json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("run.json")]
     assert sorted(record["status"] for record in records) == ["done", "failed"]

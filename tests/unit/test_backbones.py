@@ -16,11 +16,15 @@ from timm.data.transforms_factory import create_transform
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.ops import StochasticDepth
 
 from graft.backbones.base import Backbone
 from graft.backbones.resnet_cifar import EMBEDDED, resnet_cifar
 from graft.backbones.timm import timm_backbone
 from graft.backbones.torchvision import FAMILIES, torchvision_backbone
+from graft.config import make
+from graft.transfer.freeze import set_modes
+from tests.conftest import compose
 
 FAMILY_MODULES = (
     models.resnet, models.convnext, models.efficientnet, models.mobilenetv2, models.mobilenetv3,
@@ -123,6 +127,21 @@ def test_preprocessing_is_that_of_the_weights(
     assert (p.resize_size, p.crop_size) == (expected.resize_size[0], expected.crop_size[0])
     assert (list(p.mean), list(p.std)) == (expected.mean, expected.std)
     assert p.interpolation == expected.interpolation.value
+
+
+def test_stochastic_depth_is_a_key_where_the_backbone_has_it() -> None:
+    """Growing with depth, and off in blocks that a stage freezes."""
+    config = compose(
+        "backbone=convnext_tiny", "backbone.weights=null", "backbone.stochastic_depth_prob=0.4"
+    )
+    backbone = make(config["backbone"])
+    layers = [m for m in backbone.modules() if isinstance(m, StochasticDepth)]
+    assert [layers[0].p, layers[-1].p] == [0.0, pytest.approx(0.4)]
+    set_modes(backbone.train(), ["stage4"], "train")
+    frozen = sum(
+        m.training for m in backbone.blocks[:4].modules() if isinstance(m, StochasticDepth)
+    )
+    assert (frozen, layers[-1].training) == (0, True)
 
 
 def test_taps_are_the_pooled_outputs_of_blocks_in_order() -> None:
