@@ -186,6 +186,7 @@ def store(tmp_path: Path, *overrides: str) -> FeatureStore:
     module, datamodule = build(config)
     stage = build_stages(config)[0]
     module.start_stage(stage)
+    datamodule.start_stage(0, augment=stage.augment, image_size=stage.image_size)
     return FeatureStore(module, datamodule, stage, tmp_path / "cache")
 
 
