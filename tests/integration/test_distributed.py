@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
-from tests.conftest import TINY, Graft
+from graft.build import build
+from graft.transfer.stages import load_checkpoint
+from tests.conftest import TINY, Graft, compose, same
+from tests.rank_states import State, read_states
 
-# No BatchNorm in a normalisation that depends on the batch: it would see half of it on each rank.
+ROOT = Path(__file__).parents[2]
+
+# A normalisation over the batch would see half of it on each rank: BatchNorm of what learns is
+# frozen. The probe trains from stored features, the stage after it from images.
 EQUAL = [
-    "data.augment=null", "transfer.stages.finetune.norm=frozen", "optimizer.lr=0.2",
-    "trainer.max_epochs=2", "scheduler=constant", "data.source.test_per_class=13",
+    "transfer=linear_probe", "transfer.stages.probe.epochs=3", "head.norm=standardize",
+    "+transfer.stages.finetune={trainable:2,norm:frozen,epochs:2,augment:false,cache:off}",
+    "optimizer.lr=0.02", "scheduler=constant", "data.source.test_per_class=13",
 ]  # fmt: skip
 
+# Rates at which ranks that train on their own are far apart after a step.
+GRADUAL = [
+    "transfer=linear_probe", "transfer.stages.probe.epochs=2",
+    "+transfer.stages.top1={trainable:1,epochs:2}",
+    "+transfer.stages.top2={trainable:2,epochs:2}",
+    "+transfer.stages.all={trainable:all,epochs:2}",
+    "optimizer=adamw", "optimizer.lr=0.02", "optimizer.weight_decay=0.5", "scheduler=constant",
+    "data.source.test_per_class=13", "data.batch_size=4", "data.eval_batch_size=5",
+]  # fmt: skip
+LEARNING = {
+    "probe": set(), "top1": {"stage3_1"}, "top2": {"stage2_1", "stage3_1"},
+    "all": {"stem", "stage1_1", "stage2_1", "stage3_1"},
+}  # fmt: skip
 
-def run(graft: Graft, tmp_path: Path, name: str, *overrides: str) -> tuple[dict, dict]:
+
+def run(graft: Graft, tmp_path: Path, name: str, *overrides: str) -> tuple[dict, State]:
     done = graft("train", *TINY, f"paths.logs={tmp_path / name}", *overrides)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / name).iterdir()  # ranks share one folder
-    (best,) = folder.glob("checkpoints/*/best.ckpt")
-    state = torch.load(best, weights_only=True)["state_dict"]
+    last = max(folder.glob("checkpoints/*/best.ckpt"), key=lambda path: path.stat().st_mtime)
+    state = torch.load(last, weights_only=True)["state_dict"]
     return json.loads((folder / "run.json").read_text())["metrics"], state
 
 
-def test_two_ranks_train_and_test_like_one_process(
+def test_two_ranks_run_a_plan_like_one_process(
     graft: Graft, graft_process: Graft, tmp_path: Path
 ) -> None:
-    """Batch 4 on two ranks is batch 8 on one; 52 test images over ranks and batches of 5 and
-    padding would count some twice."""
+    """Rules 8 and 9. Batch 4 on two ranks is batch 8 on one; padding would count some of the 52
+    test images twice, over ranks and batches of 5. Stored features and what is measured on them
+    are the same on every rank.
+    """
     metrics, state = run(graft, tmp_path, "one", *EQUAL, "data.batch_size=8")
     metrics2, state2 = run(
         graft_process, tmp_path, "two", *EQUAL, "trainer=ddp_cpu", "data.batch_size=4",
@@ -41,18 +66,50 @@ def test_two_ranks_train_and_test_like_one_process(
         assert torch.allclose(value.float(), state2[key].float(), atol=1e-4), key
 
 
-def test_a_probe_on_two_ranks_is_a_probe_on_one(
-    graft: Graft, graft_process: Graft, tmp_path: Path
+def test_ranks_stay_equal_through_gradual_unfreezing(
+    graft_process: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stored features and their measured statistics are the same on every rank."""
-    probe = ["transfer=linear_probe", "head.norm=standardize", "trainer.max_epochs=3"]
-    metrics, state = run(graft, tmp_path, "one", *probe, "data.batch_size=8")
-    metrics2, state2 = run(
-        graft_process, tmp_path, "two", *probe, "trainer=ddp_cpu", "data.batch_size=4"
-    )
-    assert metrics2 == pytest.approx(metrics, abs=1e-5)
-    for key, value in state.items():
-        assert torch.allclose(value.float(), state2[key].float(), atol=1e-5), key
+    """Rules 1, 2, 8 and 12, with BatchNorm in train mode, the statistics of each rank its own."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    overrides = [
+        *GRADUAL,
+        "+callbacks.states._target_=tests.rank_states.WriteStates",
+        f"+callbacks.states.folder={tmp_path / 'states'}",
+    ]
+    done = graft_process("train", *TINY, *overrides, "trainer=ddp_cpu")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "logs").iterdir()
+    best = {
+        stage: torch.load(folder / f"checkpoints/{stage}/best.ckpt", weights_only=True)
+        for stage in LEARNING
+    }
+    previous = None
+    for stage, learning in LEARNING.items():
+        starts, ends = (read_states(tmp_path / "states", stage, m) for m in ("start", "end"))
+        assert len(starts) == len(ends) == 2
+        assert same(*starts), stage
+        assert same(*ends), stage
+        for key, before in starts[0].items():
+            part = key.split(".")
+            if part[0] not in ("backbone", "head"):
+                continue  # metrics
+            learns = part[0] == "head" or part[2] in learning
+            assert learns is not torch.equal(before, ends[0][key]), f"{stage}: {key}"
+        if previous is not None:  # the head too is the one that the stage before ended with
+            assert same(starts[0], best[previous]["state_dict"])
+        previous = stage
+    tested = read_states(tmp_path / "states", "all", "test")
+    assert same(*tested)
+    assert same(tested[0], best["all"]["state_dict"])
+
+    # The checkpoint loads in a plain process, and gives the metrics of the two ranks there.
+    module, datamodule = build(compose(*TINY, *GRADUAL))
+    load_checkpoint(module, folder / "checkpoints/all/best.ckpt")
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    (metrics,) = trainer.test(module, datamodule=datamodule, verbose=False)
+    recorded = json.loads((folder / "run.json").read_text())["metrics"]
+    assert metrics["test/acc"] == recorded["test/acc"]
+    assert metrics["test/loss"] == pytest.approx(recorded["test/loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
-from typing import Any
+from collections import defaultdict
+from typing import Any, ClassVar
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from torch.optim import Optimizer
 
 from graft.build import build, build_stages
 from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
+from graft.transfer import schedules
 from graft.transfer.checkpoint import load_checkpoint
 from tests.conftest import TINY, Train, compose, same
 
 
 def initial(*overrides: str) -> dict[str, torch.Tensor]:
-    import lightning as L
-
     config = compose(*TINY, *overrides)
     L.seed_everything(config["seed"], verbose=False)
     return {k: v.clone() for k, v in build(config)[0].state_dict().items()}
@@ -65,6 +67,58 @@ def test_what_learns_moves_and_what_does_not_stays(train_tiny: Train) -> None:
         if k.startswith("backbone") and not torch.equal(before[k], after[k])
     }
     assert moved == {"stem", "stage3_1"}
+
+
+class StepSizes(L.Callback):
+    """The rate each block really moved at: |change| / |gradient| in every step of plain SGD."""
+
+    seen: ClassVar[list[dict[str, float]]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen.clear()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self.before = {
+            name: (p.detach().clone(), p.grad.clone())
+            for name, p in pl_module.named_parameters()
+            if p.grad is not None
+        }
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any
+    ) -> None:
+        moved: dict[str, float] = defaultdict(float)
+        slopes: dict[str, float] = defaultdict(float)
+        for name, (value, gradient) in self.before.items():
+            part = "head" if name.startswith("head") else name.split(".")[2]
+            change = value - pl_module.get_parameter(name).detach()
+            moved[part] += float(change.double().pow(2).sum())
+            slopes[part] += float(gradient.double().pow(2).sum())
+        self.seen.append({part: (moved[part] / slopes[part]) ** 0.5 for part in moved})
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "one_cycle"])
+def test_layer_decay_is_the_ratio_of_steps_through_warm_up_and_after_it(
+    train_tiny: Train, scheduler: str
+) -> None:
+    """Rule 3, in a real fit: a schedule that writes one rate into all groups would undo it."""
+    train_tiny(
+        "transfer.stages.finetune.layer_decay=0.5", "transfer.stages.finetune.head_lr_scale=2",
+        f"scheduler={scheduler}", "scheduler.warmup=3", "scheduler.final=0.1",
+        "head=mlp", "trainer.max_epochs=2", "optimizer.momentum=0", "optimizer.nesterov=false",
+        "optimizer.weight_decay=0", "optimizer.lr=0.1",
+        "+callbacks.steps._target_=tests.unit.test_training.StepSizes",
+    )  # fmt: skip
+    total = len(StepSizes.seen)
+    assert total >= 8
+    schedule = getattr(schedules, scheduler)
+    factors = {"stem": 1 / 16, "stage1_1": 1 / 8, "stage2_1": 1 / 4, "stage3_1": 1 / 2, "head": 2}
+    for step, rates in enumerate(StepSizes.seen):
+        base = 0.1 * schedule(step, total, warmup=3, final=0.1)
+        expected = {part: base * factor for part, factor in factors.items()}
+        assert rates == pytest.approx(expected, rel=1e-3), step
 
 
 @pytest.mark.parametrize(
@@ -157,8 +211,6 @@ def test_fitting_never_looks_at_the_test_split(train_tiny: Train, monkeypatch: A
 
 def test_training_validation_and_test_see_the_same_normalisation_and_geometry() -> None:
     """Rule 5: one image, through the hook of each phase, gives one result (augmentation off)."""
-    import lightning as L
-
     datamodule = data("data.image_size=24", "data.augment=null")
     batch = datamodule.splits["train"][[0, 1]]
     results = []

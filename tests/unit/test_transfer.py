@@ -179,6 +179,28 @@ def test_layer_decay_changes_the_step_itself(backbone: Backbone) -> None:
     assert head.linear.weight.mean().item() == pytest.approx(-0.4)
 
 
+def test_weight_decay_moves_weights_alone(backbone: Backbone) -> None:
+    """Rule 4 in the step itself: without a gradient, decay is all that moves. What is frozen has no
+    part in it, even where it is in the optimizer.
+    """
+    head = LinearHead(16, 3)
+    torch.nn.init.ones_(head.linear.weight)
+    torch.nn.init.ones_(head.linear.bias)
+    groups = param_groups(backbone, head, lr=0.1, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(groups)
+    freeze_for_stage(backbone, ["stage2_1", "stage3_1"], "train")
+    before = {n: p.detach().clone() for n, p in backbone.named_parameters()}
+    for p in [*backbone.parameters(), *head.parameters()]:
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    for name, parameter in backbone.named_parameters():
+        decays = parameter.ndim > 1 and parameter.requires_grad
+        assert torch.allclose(parameter, before[name] * (0.95 if decays else 1.0)), name
+        assert decays or torch.equal(parameter, before[name]), name
+    assert head.linear.weight.mean().item() == pytest.approx(0.95)
+    assert head.linear.bias.eq(1).all()
+
+
 def test_nothing_trainable_is_an_error(backbone: Backbone) -> None:
     head = LinearHead(16, 3).requires_grad_(False)
     backbone.requires_grad_(False)
