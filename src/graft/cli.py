@@ -17,6 +17,8 @@ commands:
                            graft train experiment=cifar10_linear_probe backbone=resnet18
                            graft train -m optimizer.lr=0.01,0.1           a sweep
                            graft train --help | --cfg job                 options, resolved config
+  resume RUN [OVERRIDES]   go on with a run that was stopped, as if it had not been
+                           graft resume logs/2026-11-24_12-00-00_quickstart_seed0
   cache [list|verify|prune]
                            decoded images and frozen features on disk: sizes, checksums, clean-up
 
@@ -30,16 +32,19 @@ def main() -> None:
         print(HELP, end="")
     elif command == "--version":
         print(__version__)
-    elif command == "train":
+    elif command in ("train", "resume"):
         # Run as a module named __main__, so that Lightning starts further ranks of this very
         # command (`python -m graft.train OVERRIDES`) and Hydra sees its arguments alone.
         # Options first: argparse takes no overrides after one that stands among them.
         options = [a for a in sys.argv[2:] if a in ("-m", "--multirun")]
         sys.argv[1:] = [*options, *(a for a in sys.argv[2:] if a not in options)]
-        runpy.run_module("graft.train", run_name="__main__", alter_sys=True)
+        module = {"train": "graft.train", "resume": "graft.runs.resume"}[command]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     elif command == "cache":
         from graft.runs.cache import main as cache
 
         cache(sys.argv[2:])
     else:
-        sys.exit(f"graft: no command {command!r}; commands: train, cache (see graft --help)")
+        sys.exit(
+            f"graft: no command {command!r}; commands: train, resume, cache (see graft --help)"
+        )

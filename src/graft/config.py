@@ -116,6 +116,8 @@ CHECKS: dict[str, Check] = {
     "trainer.limit_val_batches": POSITIVE,
     "trainer.limit_test_batches": POSITIVE,
     "trainer.log_every_n_steps": POSITIVE_INT,
+    "trainer.checkpoint_every_n_steps": _or_null(POSITIVE_INT),
+    "trainer.checkpoint_every_n_minutes": _or_null(POSITIVE),
     "transfer.stages.*.epochs": POSITIVE_INT,
     "transfer.stages.*.norm": _one_of("train", "stats", "affine", "frozen"),
     "transfer.stages.*.augment": ("true, false, or what differs from data.augment", BOOL[1]),

@@ -17,10 +17,11 @@ LOW, HIGH = np.array([247, 251, 255]), np.array([8, 64, 129])  # light to dark b
 
 
 def log(record: GridRecord, loggers: Sequence[Logger]) -> None:
+    """At the last step of the stage; the loggers have moved on to the next one."""
     for logger in loggers:
         if isinstance(logger, TensorBoard):
             logger.experiment.add_image(
-                "grid/val_acc", np.asarray(draw(record)), logger.step_offset, dataformats="HWC"
+                "grid/val_acc", np.asarray(draw(record)), logger.step_offset - 1, dataformats="HWC"
             )
 
 

@@ -1,13 +1,19 @@
-"""Lightning's loggers, writing into the run folder, with one step axis through all stages."""
+"""Lightning's loggers, writing into the run folder, with one step axis through all stages.
+
+A resumed run takes back what was logged after its checkpoint, and goes on with the same curves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class TensorBoard(TensorBoardLogger):
@@ -24,21 +30,92 @@ class TensorBoard(TensorBoardLogger):
     def save(self) -> None:
         """Nothing but the events: the run folder has its config already."""
 
+    def rewind(self, step: int) -> None:
+        """Before the first event: TensorBoard is to drop those of `step` and later."""
+        self._kwargs["purge_step"] = step
 
-class CSV(CSVLogger):
-    """`metrics.csv` in the run folder."""
+    @rank_zero_only
+    def flush(self) -> None:
+        self.experiment.flush()
+
+
+class CSV(Logger):
+    """`metrics.csv` in the run folder: a row is on disk as soon as it is logged.
+
+    Not Lightning's `CSVLogger`, which deletes an earlier file, and rewrites it in place when a
+    column is new.
+    """
 
     step_offset = 0
 
     def __init__(self, save_dir: Path) -> None:
-        super().__init__(save_dir, name="", version="")
+        super().__init__()
+        self.path = Path(save_dir) / "metrics.csv"
+        self.columns: list[str] = []
 
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder has its config already."""
+
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        super().log_metrics(dict(metrics), None if step is None else step + self.step_offset)
+        row = {**metrics, "step": (step or 0) + self.step_offset}
+        if new := row.keys() - set(self.columns):
+            rows = self._rows() if self.columns else []
+            self._write(sorted([*self.columns, *new]), rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop the rows of `step` and later, and one that was cut off."""
+        if self.path.exists():
+            rows = self._rows()
+            self._write(list(rows[0]) if rows else [], [r for r in rows if int(r["step"]) < step])
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def _rows(self) -> list[dict[str, str]]:
+        text = self.path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        return list(csv.DictReader(whole.splitlines()))
+
+    def _write(self, columns: list[str], rows: Sequence[Mapping[str, str]]) -> None:
+        self.columns = columns
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with temporary.open("w", newline="") as file:
+            if columns:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        temporary.replace(self.path)
 
 
-def advance(loggers: list[Logger], steps: int) -> None:
+def advance(loggers: Sequence[Logger], steps: int) -> None:
     """The next stage's steps follow on those of the last: each stage's trainer counts from 0."""
     for logger in loggers:
         if isinstance(logger, TensorBoard | CSV):
             logger.step_offset += steps
+
+
+def rewind(loggers: Sequence[Logger], step: int) -> None:
+    """Everything before `step` of the axis is kept, the rest will be logged again."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoard | CSV):
+            logger.rewind(step)
+
+
+def flush(loggers: Sequence[Logger]) -> None:
+    """Have it on disk: what a checkpoint comes after."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoard | CSV):
+            logger.flush()

@@ -8,6 +8,8 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +20,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from graft.config import CONFIGS, check, explain, make
+from graft.signals import Preempted, StopSignals, requeue
 
 if TYPE_CHECKING:
     from graft.module import TransferModule
     from graft.runs.folder import RunFolder
-    from graft.transfer.stages import Stage, StageResult
+    from graft.transfer.stages import Resumed, Stage, StageResult
 
 failures: list[str] = []  # of the jobs of this process: a job that fails does not end a sweep
 
@@ -64,49 +67,84 @@ def run(
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from graft import report
     from graft.runs.folder import RunFolder, run_name
 
-    quiet_libraries()
     folder = None
-    parent = parent or Path(config["paths"]["logs"])
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         name = run_name(experiment, overrides, config["seed"])
+        parent = parent or Path(config["paths"]["logs"])
         folder = RunFolder.create(parent, name, config, overrides)
+    with folder.locked() if folder is not None else nullcontext():
+        return recorded(config, folder)
+
+
+def recorded(
+    config: dict[str, Any], folder: RunFolder | None, resumed: Resumed | None = None
+) -> dict[str, float]:
+    """`train`, with what comes of it in the run folder."""
+    from graft import report
+
+    quiet_libraries()
     started = time.perf_counter()
-    try:
-        metrics, _ = train(config, folder)
-    except BaseException as error:
-        if folder is not None:
-            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-            (folder.path / "error.log").write_text(traceback.format_exc())
-            folder.finish(
-                "preempted" if interrupted else "failed",
-                error=explain(error),
-                seconds=round(time.perf_counter() - started, 1),
-            )
-        raise
+    before = folder.record.get("seconds", 0.0) if folder is not None else 0.0
+
+    def seconds() -> float:
+        return round(before + time.perf_counter() - started, 1)
+
+    with StopSignals().handled() as stop:
+        try:
+            metrics, _ = train(config, folder, resumed, stop)
+        except Preempted as error:
+            if folder is None and error.agreed:
+                # To Lightning, another rank's code above 0 is a crash, after which it kills the
+                # first one, which may not be done yet.
+                sys.exit(0)
+            if not error.agreed:
+                stop.kill_ranks()
+            if folder is not None:
+                folder.finish("preempted", error=str(error), seconds=seconds())
+                report.say(f"{error}; to go on: graft resume {folder.path}")
+                if outcome := requeue(error.signum):
+                    report.say(outcome)
+            raise
+        except BaseException as error:
+            if folder is not None:
+                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+                (folder.path / "error.log").write_text(traceback.format_exc())
+                folder.finish(
+                    "preempted" if interrupted else "failed",
+                    error=explain(error),
+                    seconds=seconds(),
+                )
+            raise
     if folder is not None:
-        seconds = time.perf_counter() - started
-        folder.finish("done", metrics=metrics, seconds=round(seconds, 1))
-        report.print_result(metrics, seconds, folder.path, parent)
+        folder.finish("done", metrics=metrics, seconds=seconds())
+        report.print_result(metrics, seconds(), folder.path, folder.path.parent)
     return metrics
 
 
 def train(
-    config: dict[str, Any], folder: RunFolder | None
+    config: dict[str, Any],
+    folder: RunFolder | None,
+    resumed: Resumed | None = None,
+    stop: StopSignals | None = None,
 ) -> tuple[dict[str, float], TransferModule]:
     """Build the objects, run the plan's stages, test the weights with the best val/acc.
 
     Args:
         folder: where everything is written; None on the ranks that write nothing.
+        resumed: how far an interrupted run had come.
+        stop: signals that are being listened to.
     """
     import lightning as L
     import torch
 
     from graft import heat_map, report
     from graft.build import build, build_stages
+    from graft.loggers import advance, flush, rewind
     from graft.trainer import compile_blocks, make_trainer, trainer_options
+    from graft.transfer.checkpoint import PREVIOUS
+    from graft.transfer.last_checkpoint import LastCheckpoint
     from graft.transfer.stages import StartStage, run_stages
     from graft.transfer.stored import FeatureStore
 
@@ -121,8 +159,15 @@ def train(
     loggers = []
     if folder is not None:
         loggers = [make(c, save_dir=path) for c in (config["logger"] or {}).values() if c]
+    if resumed is not None:
+        advance(loggers, sum(result.steps for result in resumed.done))
+        rewind(loggers, resumed.step)
     new_trainer = partial(
-        make_trainer, options=options, callbacks=config["callbacks"] or {}, loggers=loggers
+        make_trainer,
+        options=options,
+        callbacks=config["callbacks"] or {},
+        loggers=loggers,
+        stop=stop,
     )
 
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -145,6 +190,10 @@ def train(
         if folder is not None and result.grid is not None:
             result.grid.write(path / "grid.csv")
             heat_map.log(result.grid, loggers)
+        if folder is not None:  # last: from here on, resuming skips this stage
+            flush(loggers)
+            folder.update(stages=[*folder.record["stages"], result.record()])
+            (path / "checkpoints" / result.name / PREVIOUS).unlink(missing_ok=True)
 
     stages = build_stages(config)
     new_store = partial(
@@ -160,6 +209,13 @@ def train(
         new_trainer,
         path / "checkpoints",
         new_store=new_store,
+        new_last=partial(
+            LastCheckpoint,
+            stop=stop,
+            every_n_steps=config["trainer"]["checkpoint_every_n_steps"],
+            every_n_minutes=config["trainer"]["checkpoint_every_n_minutes"],
+        ),
+        resumed=resumed,
         on_stage=announce,
         on_result=conclude,
     )
@@ -192,23 +248,26 @@ def quiet_libraries() -> None:
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*`broadcast_buffers` is deprecated.*",  # its replacement is not in torch 2.11
         ".*The number of training batches .* is smaller than the logging interval.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",  # the order is ours
         ".*module.s. in eval mode at the start of training.*",  # frozen blocks are meant to be
     ):
         warnings.filterwarnings("ignore", message)
 
 
-def entry() -> None:
-    """The Hydra app, with errors in one line and an exit code that is not zero."""
+def entry(command: Callable[[], Any] = main) -> None:
+    """Run a command, with errors in one line and an exit code that is not zero."""
     if os.environ.get("HYDRA_FULL_ERROR") != "1":  # the user's own 1 shows all of a traceback
         os.environ |= {"HYDRA_FULL_ERROR": "1", "GRAFT_SHORT_ERRORS": "1"}  # Hydra then raises
     try:
-        main()
+        command()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if "GRAFT_SHORT_ERRORS" not in os.environ:
             raise
         sys.exit(f"graft: error: {explain(error)}")
+    except Preempted as error:
+        sys.exit(128 + error.signum)
     if failures:
         sys.exit(1)
 

@@ -16,6 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from graft.backbones.base import Backbone
 from graft.config import make
 from graft.report import EpochLines
+from graft.signals import StopSignals
+from graft.transfer.checkpoint import AtomicCheckpointIO
 from graft.transfer.stages import Stage
 
 
@@ -25,7 +27,8 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a device that is not there, or a precision this device is slow at.
     """
-    options = {k: v for k, v in config.items() if k not in ("max_epochs", "compile")}
+    ours = ("max_epochs", "compile", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
+    options = {k: v for k, v in config.items() if k not in ours}
     if options["accelerator"] == "auto":
         options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
     if options["accelerator"] == "gpu" and not torch.cuda.is_available():
@@ -85,8 +88,13 @@ def make_trainer(
     options: dict[str, Any],
     callbacks: dict[str, Any],
     loggers: list[Logger],
+    stop: StopSignals | None = None,
 ) -> L.Trainer:
-    """The Trainer of one stage: `needed` callbacks first, then those of the config."""
+    """The Trainer of one stage: `needed` callbacks first, then those of the config.
+
+    Args:
+        stop: takes the place of Lightning's own handling of signals.
+    """
     terminal = sys.stdout.isatty()
     chosen = [*needed, *(make(c) for c in callbacks.values() if c)]
     chosen.append(RichProgressBar(leave=True) if terminal else EpochLines())
@@ -96,8 +104,9 @@ def make_trainer(
         # Buffers: see TransferModule.sync_batch_norms.
         strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
         options = {**options, "strategy": strategy}
-    return L.Trainer(
+    trainer = L.Trainer(
         **options,
+        plugins=[AtomicCheckpointIO()],
         max_epochs=stage.epochs,
         callbacks=chosen,
         logger=loggers or False,
@@ -107,3 +116,6 @@ def make_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the datamodule's order already knows the ranks
     )
+    if stop is not None:
+        stop.take_over(trainer)
+    return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ from graft.data.subset import stratified_fraction, stratified_split
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _leave_process_group(worker: int) -> None:
+    # SLURM signals whole groups: a worker that dies of SIGTERM would take the run with it, before
+    # the run has saved anything.
+    os.setpgid(0, 0)
 
 
 class TransferDataModule(L.LightningDataModule):
@@ -190,6 +197,7 @@ class TransferDataModule(L.LightningDataModule):
             drop_last=train and self.drop_last,
             seed=self.stage_seed,
             epoch=self._epoch if self.reshuffle else lambda: 0,
+            first=(lambda: self._place()[1]) if train else lambda: 0,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
@@ -224,6 +232,7 @@ class TransferDataModule(L.LightningDataModule):
             pin_memory=self.pin_memory and on_host,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # a batch, not a list of samples
             generator=torch.Generator(),  # iterating must not consume the global RNG
+            worker_init_fn=_leave_process_group,
         )
 
     def prepared(
@@ -280,8 +289,20 @@ class TransferDataModule(L.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         return self.transform(batch, augment=training, epoch=self._epoch())
 
+    def _place(self) -> tuple[int, int]:
+        """The epoch, and the batch it goes on with: 0, unless it was interrupted.
+
+        From the counters of Lightning's loops, which checkpoints restore; `trainer.current_epoch`
+        lags behind while it starts.
+        """
+        if self.trainer is None:
+            return 0, 0
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return epochs.processed, batches.processed if epochs.ready > epochs.processed else 0
+
     def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer is not None else 0
+        return self._place()[0]
 
     def transform(self, batch: Batch, *, augment: bool, epoch: int = 0) -> Batch:
         """The batch with its images normalised; if `augment`, as the stage trains on them."""

@@ -17,6 +17,10 @@ class BatchOrder(Sampler[list[int]]):
 
     Evaluation: each example belongs to exactly one rank; nothing is padded, so that metrics over
     all ranks are exact (padding counts examples twice).
+
+    Args:
+        epoch, first: asked whenever an iteration starts, because loaders outlive epochs: which
+            epoch it is, and with which of its batches a resumed one goes on.
     """
 
     def __init__(
@@ -28,6 +32,7 @@ class BatchOrder(Sampler[list[int]]):
         drop_last: bool = False,
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
+        first: Callable[[], int] = lambda: 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -37,6 +42,7 @@ class BatchOrder(Sampler[list[int]]):
         self.drop_last = drop_last
         self.seed = seed
         self.epoch = epoch
+        self.first = first
         self.rank = rank
         self.world_size = world_size
 
@@ -50,10 +56,10 @@ class BatchOrder(Sampler[list[int]]):
         return len(range(self.rank, self.size, self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Read when iteration starts, not when the loader is built: loaders outlive epochs.
         order = np.arange(self.size)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch()]).permutation(self.size)
         mine = order[self.rank :: self.world_size][: self._share()]
-        for i in range(len(self)):
-            yield mine[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+        size = self.batch_size
+        # Not `yield` in here: that would ask for the place at the first batch, not now.
+        return (mine[i * size : (i + 1) * size].tolist() for i in range(self.first(), len(self)))

@@ -9,14 +9,18 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-FORMAT = 1
+FORMAT = 2  # 1 did not record what resuming needs
+LOCK_SECONDS = 10.0  # workers of a run that was killed hold its lock until they notice
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 
@@ -48,8 +52,8 @@ class RunFolder:
                 "GRAFT_LOGS to a folder you may write to"
             ) from error
         folder = cls(path)
-        for file, content in (("config.yaml", config), ("overrides.yaml", list(overrides))):
-            _write_atomically(path / file, OmegaConf.to_yaml(OmegaConf.create(content)))
+        folder.write("config.yaml", config)
+        folder.write("overrides.yaml", list(overrides))
         folder.update(
             format=FORMAT,
             status="running",
@@ -57,6 +61,7 @@ class RunFolder:
             finished=None,
             seed=config.get("seed"),
             stage=None,
+            stages=[],
             metrics={},
             host=socket.gethostname(),
             python=platform.python_version(),
@@ -64,6 +69,59 @@ class RunFolder:
             **_git_state(),
         )
         return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of an earlier run.
+
+        Raises:
+            ValueError: it is none, or one that this version does not understand.
+        """
+        folder = cls(path.resolve())
+        try:
+            folder.record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            found = folder.record["format"]
+        except (OSError, ValueError, KeyError) as error:
+            inside = sorted(p.parent.name for p in path.glob("*/run.json"))
+            hint = f"; there are {len(inside)} in it, like {path / inside[-1]}" if inside else ""
+            raise ValueError(f"{path} is not a run folder: no readable run.json{hint}") from error
+        if found != FORMAT:
+            age = "a newer" if found > FORMAT else "an older"
+            raise ValueError(
+                f"{path} was written by {age} version of graft: its format is {found}, this one "
+                f"reads {FORMAT}"
+            )
+        return folder
+
+    def read(self, file: str) -> Any:
+        """`config.yaml` or `overrides.yaml`, as plain values."""
+        try:
+            return OmegaConf.to_container(OmegaConf.load(self.path / file))
+        except (OSError, ValueError, YAMLError) as error:
+            raise ValueError(f"{self.path / file} cannot be read: {error}") from error
+
+    def write(self, file: str, content: Any) -> None:
+        _write_atomically(self.path / file, OmegaConf.to_yaml(OmegaConf.create(content)))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For as long as a process works in the folder; the system frees the lock if it dies.
+
+        Raises:
+            ValueError: another one does.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise ValueError(
+                f"{self.path} is being written by another process (started on "
+                f"{self.record.get('host')}): wait for it, or stop it"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def update(self, **fields: Any) -> None:
         self.record.update(fields)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from graft.heads import Head, HeadGrid, seeded_head
-from graft.transfer.checkpoint import replace_weights
 
 if TYPE_CHECKING:
     from graft.module import TransferModule
@@ -180,19 +179,10 @@ def start_grid(module: TransferModule, grid: Grid, num_classes: int) -> None:
     module.grid = GridFit(grid.points)
 
 
-def finish_grid(module: TransferModule, barrier: Callable[[], None], best: Path) -> GridRecord:
-    """The winner becomes the module's head, and `best` a checkpoint without the other heads.
-
-    Call it with the weights of `best` loaded.
-    """
+def finish_grid(module: TransferModule) -> GridRecord:
+    """The winner becomes the module's head. Call it with the grid's best weights loaded."""
     fit, heads = module.grid, module.head
     if fit is None or not isinstance(heads, HeadGrid):
         raise RuntimeError("call start_grid before finish_grid")
-    record = fit.record
-    winner = record.ranked()[0]
-    module.head, module.grid = heads.head(winner), None
-    barrier()  # every rank has read the grid's weights
-    if module.global_rank == 0:
-        replace_weights(best, module, head=record.row(winner))
-    barrier()
-    return record
+    module.head, module.grid = heads.head(fit.record.ranked()[0]), None
+    return fit.record

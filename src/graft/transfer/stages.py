@@ -13,11 +13,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
+from graft.data.draws import sample_seed
 from graft.loggers import advance
-from graft.transfer.checkpoint import load_checkpoint, replace_weights
+from graft.transfer.checkpoint import BEST, LAST, is_final, load_checkpoint, replace_weights
 from graft.transfer.ema import EMA
 from graft.transfer.freeze import NormPolicy, Trainable
 from graft.transfer.grid import Grid, GridRecord, finish_grid, start_grid
+from graft.transfer.last_checkpoint import LastCheckpoint
 from graft.transfer.lora import LoRA
 from graft.transfer.schedules import Schedule
 from graft.transfer.solvers import Solve, Solver
@@ -93,14 +95,47 @@ class Stage:
 
 @dataclass
 class StageResult:
-    """`head`: hyper-parameters the stage chose; `grid`: scores of all its heads, if it had many."""
+    """What a stage ends with, and a resumed run needs of it.
+
+    `steps`: of the loggers' axis that it took. `head`: hyper-parameters the stage chose; `grid`:
+    scores of all its heads, if it had many.
+    """
 
     name: str
     best_checkpoint: Path
     best_score: float
     seconds: float = 0.0
+    steps: int = 0
     head: dict[str, Any] = field(default_factory=dict)
     grid: GridRecord | None = None
+
+    def record(self) -> dict[str, Any]:
+        """For `run.json`; the checkpoint's path is relative to it."""
+        return {
+            "name": self.name,
+            "best_checkpoint": f"checkpoints/{self.name}/{BEST}",
+            "val/acc": self.best_score,
+            "steps": self.steps,
+            "seconds": round(self.seconds, 1),
+        }
+
+    @classmethod
+    def recorded(cls, record: dict[str, Any], run: Path) -> StageResult:
+        best = run / record["best_checkpoint"]
+        return cls(record["name"], best, record["val/acc"], record["seconds"], record["steps"])
+
+
+@dataclass
+class Resumed:
+    """How far an interrupted plan came.
+
+    `checkpoint`: of the stage after those done, to go on from; None to start that stage anew.
+    `step`: where it is on the loggers' axis.
+    """
+
+    done: Sequence[StageResult] = ()
+    checkpoint: Path | None = None
+    step: int = 0
 
 
 MakeTrainer = Callable[[Stage, list[L.Callback]], L.Trainer]
@@ -114,6 +149,8 @@ def run_stages(
     checkpoints: Path,
     *,
     new_store: NewStore,
+    new_last: Callable[[Path], LastCheckpoint] = LastCheckpoint,
+    resumed: Resumed | None = None,
     on_stage: Callable[[Stage], None] = lambda stage: None,
     on_result: Callable[[StageResult], None] = lambda result: None,
 ) -> list[StageResult]:
@@ -121,22 +158,34 @@ def run_stages(
 
     Args:
         new_store: called with (module, datamodule, stage, precision=...) for its stored features.
+        new_last: called with a stage's folder, for what saves its `last.ckpt`.
 
     Separate fits, rather than unfreezing within one, because DDP learns what trains when it wraps
     the module: what is unfrozen later is never synchronised.
     """
     if any(stage.l2_sp for stage in stages):
         module.remember_pretrained()
-    results = []
+    resumed = resumed or Resumed()
+    results = list(resumed.done)
     for index, stage in enumerate(stages):
         started = time.perf_counter()
+        seed_stage(datamodule.seed, index)
         module.start_stage(stage)
+        if index < len(resumed.done):
+            module.finish_stage()
+            load_checkpoint(module, results[index].best_checkpoint)
+            continue
         if stage.grid is not None:
             start_grid(module, stage.grid, datamodule.num_classes)
         on_stage(stage)
         start = StartStage(stage, index, datamodule, new_store)
-        fit = _fit if stage.solver == "sgd" else _solve
-        result = fit(module, datamodule, stage, start, make_trainer, checkpoints / stage.name)
+        folder = checkpoints / stage.name
+        if stage.solver == "sgd":
+            checkpoint = resumed.checkpoint if index == len(resumed.done) else None
+            last = new_last(folder)
+            result = _fit(module, datamodule, stage, start, last, make_trainer, checkpoint)
+        else:
+            result = _solve(module, datamodule, stage, start, make_trainer, folder)
         result.seconds = time.perf_counter() - started
         on_result(result)
         results.append(result)
@@ -148,30 +197,46 @@ def _fit(
     datamodule: TransferDataModule,
     stage: Stage,
     start: StartStage,
+    last: LastCheckpoint,
     make_trainer: MakeTrainer,
-    folder: Path,
+    checkpoint: Path | None,
 ) -> StageResult:
-    best, last = _checkpoints(folder)
+    best = ModelCheckpoint(
+        last.folder, "best", monitor="val/acc", mode="max", enable_version_counter=False
+    )
     average = [EMA(stage.ema)] if stage.ema else []
-    trainer = make_trainer(stage, [best, last, start, *average])
-    trainer.fit(module, datamodule=datamodule)
+    trainer = make_trainer(stage, [last, best, start, *average])
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if best.best_model_score is None:
         raise RuntimeError(f"stage {stage.name} ended without a checkpoint")
     path = Path(best.best_model_path)
-    load_checkpoint(module, path)
-    result = StageResult(stage.name, path, float(best.best_model_score))
-    if stage.grid is not None:
-        result.grid = finish_grid(module, trainer.strategy.barrier, path)
-        result.head = result.grid.row(result.grid.ranked()[0])
-    if stage.lora is not None:
-        module.finish_stage()
-        if trainer.is_global_zero:
-            replace_weights(path, module)
-        trainer.strategy.barrier()
-    advance(trainer.loggers, trainer.global_step)
+    result = StageResult(stage.name, path, float(best.best_model_score), steps=trainer.global_step)
+    _keep_best(module, stage, trainer, result)
+    advance(trainer.loggers, result.steps)
     return result
+
+
+def _keep_best(
+    module: TransferModule, stage: Stage, trainer: L.Trainer, result: StageResult
+) -> None:
+    """The best weights in the module, and in `best.ckpt` those that the stage ends with."""
+    path = result.best_checkpoint
+    final = is_final(path)  # this stage had come to here before, and was not recorded as done
+    if not final:
+        load_checkpoint(module, path)
+    if stage.grid is not None:
+        result.grid = finish_grid(module)
+        result.head = result.grid.row(result.grid.ranked()[0])
+    module.finish_stage()
+    if final:
+        load_checkpoint(module, path)
+    elif stage.grid is not None or stage.lora is not None:
+        trainer.strategy.barrier()  # every rank has read the weights it was trained with
+        if trainer.is_global_zero:
+            replace_weights(path, module, **({"head": result.head} if result.head else {}))
+        trainer.strategy.barrier()
 
 
 def _solve(
@@ -191,24 +256,16 @@ def _solve(
     for metric in (module.val_loss, module.val_acc):
         metric.reset()  # or a later fit meets tensors of `validate`'s inference mode
     folder = trainer.strategy.broadcast(folder)  # the run's folder is known to the first rank
-    for name in ("last.ckpt", "best.ckpt"):
+    for name in (LAST, BEST):
         trainer.save_checkpoint(folder / name)
-    return StageResult(
-        stage.name, folder / "best.ckpt", metrics["val/acc"], head={**solve.chosen, **metrics}
-    )
+    advance(trainer.loggers, 1)
+    head = {**solve.chosen, **metrics}
+    return StageResult(stage.name, folder / BEST, metrics["val/acc"], steps=1, head=head)
 
 
-def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
-    """`best.ckpt` by val/acc and `last.ckpt` of every epoch.
-
-    Two callbacks, because `save_last=True` beside a monitor writes only when the best improves.
-    """
-    return (
-        ModelCheckpoint(
-            folder, "best", monitor="val/acc", mode="max", enable_version_counter=False
-        ),
-        ModelCheckpoint(folder, "last", enable_version_counter=False),
-    )
+def seed_stage(seed: int, index: int, rank: int = 0) -> None:
+    """What a stage draws (new weights, dropout) depends on nothing that ran before it."""
+    L.seed_everything(sample_seed(seed, index, rank) % 2**32, workers=True, verbose=False)
 
 
 class StartStage(L.Callback):
@@ -250,6 +307,7 @@ class StartStage(L.Callback):
         work = 6 * self.datamodule.batch_size * sum(p.numel() for p in module.head.parameters())
         if head_alone and work < SMALL_STEP:
             torch.set_num_threads(1)
+        seed_stage(self.datamodule.seed, self.index, trainer.global_rank)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

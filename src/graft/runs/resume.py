@@ -1,0 +1,188 @@
+"""`graft resume RUN`: go on with a run that was stopped, in its own folder."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.config import CONFIGS, check, leaves
+from graft.runs.folder import RunFolder
+from graft.train import entry, recorded
+
+if TYPE_CHECKING:
+    from graft.transfer.stages import Resumed
+
+Tell = Callable[[str], Any]
+
+# What may change while a run goes on: how long, and what its result does not depend on.
+FREE = re.compile(
+    r"trainer\.(max_epochs|accelerator|log_every_n_steps|checkpoint_every_n_(steps|minutes))"
+    r"|transfer\.stages\.[^.]+\.epochs"
+    r"|data\.(num_workers|pin_memory|resident|eval_batch_size)"
+    r"|paths\.\w+"
+)
+REASONS = {
+    "backbone": "the checkpoint holds the weights of another one",
+    "head": "the checkpoint holds the weights of another one",
+    "transfer": "the stages so far were trained with another plan",
+    "data": "the epoch goes on in the middle of the images' order",
+    "optimizer": "its state in the checkpoint goes with the settings it was made with",
+    "scheduler": "a part of it has been run through",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="graft resume", description="Go on with a run that was stopped, in its own folder."
+    )
+    parser.add_argument("run", type=Path, help="its folder")
+    parser.add_argument("overrides", nargs="*", help="like trainer.max_epochs=20")
+    arguments = parser.parse_args()
+    folder = RunFolder.open(arguments.run)
+    if is_done(folder):
+        return
+    from lightning.pytorch.utilities import rank_zero_only
+
+    # What Lightning starts as further ranks of this command reads what the first one has written.
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    with folder.locked() if first else nullcontext():
+        if first:
+            folder = RunFolder.open(arguments.run)
+            if is_done(folder):  # by whom we waited for
+                return
+        config = changed(folder, arguments.overrides)
+        resumed = progress(folder, config, tell=print if first else lambda text: None)
+        if first:
+            folder.write("config.yaml", config)
+            folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *arguments.overrides])
+            (folder.path / "error.log").unlink(missing_ok=True)
+            folder.update(status="running", finished=None, error=None)
+        recorded(config, folder if first else None, resumed)
+
+
+def is_done(folder: RunFolder) -> bool:
+    if folder.record["status"] != "done":
+        return False
+    print(f"{folder.path} is finished: there is nothing to resume")
+    return True
+
+
+def changed(folder: RunFolder, overrides: Sequence[str]) -> dict[str, Any]:
+    """The run's config with overrides that can be made while it goes on.
+
+    Raises:
+        ValueError: another one, with the reason.
+    """
+    config = folder.read("config.yaml")
+    if not overrides:
+        return config
+    before = folder.read("overrides.yaml")
+    asked = {_key(override) for override in overrides}
+    # The config of the run is resolved: what an override leads to is what it changes in the
+    # config that is composed anew.
+    old = dict(leaves(_composed(before)))
+    new = dict(leaves(_composed([o for o in before if _key(o) not in asked] + list(overrides))))
+    done = {f"transfer.stages.{stage['name']}.epochs" for stage in folder.record["stages"]}
+    for key in sorted(old.keys() | new.keys()):
+        if key in old and key in new and old[key] == new[key]:
+            continue
+        if key in done and key not in asked:
+            continue  # it follows another key, and has its epochs behind it
+        refuse(key, done)
+        _set(config, key, new[key])
+    return config
+
+
+def refuse(key: str, done: Collection[str] = ()) -> None:
+    """Raises a ValueError if a key can't change in a run that goes on."""
+    if key in done:
+        raise ValueError(f"{key} cannot change: this stage is done")
+    if not FREE.fullmatch(key):
+        reason = REASONS.get(key.split(".")[0], "it would not be the same run")
+        raise ValueError(f"{key} cannot change in a resumed run: {reason}; start a new run with it")
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return check(compose("train", overrides))
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[last] = value
+
+
+def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -> Resumed:
+    """How far the run came: its stages done, and the checkpoint of the one after them."""
+    import torch
+
+    from graft.transfer.checkpoint import is_whole
+    from graft.transfer.stages import Resumed, StageResult
+
+    done = [StageResult.recorded(record, folder.path) for record in folder.record["stages"]]
+    for result in done:
+        if not is_whole(result.best_checkpoint):
+            raise ValueError(
+                f"{result.best_checkpoint} is missing or damaged, and stage {result.name} cannot "
+                "be skipped without it: start a new run"
+            )
+    resumed = Resumed(done, step=sum(result.steps for result in done))
+    names = list(config["transfer"]["stages"])
+    if len(done) == len(names):
+        tell(f"resuming  {folder.path}: all stages are done, the test is not")
+        return resumed
+    name = names[len(done)]
+    stage = config["transfer"]["stages"][name]
+    path = None
+    if stage.get("solver", "sgd") == "sgd":
+        path = usable(folder.path / "checkpoints" / name, tell)
+    if path is None:
+        tell(f"resuming  {folder.path}: stage {name} from its start")
+        return resumed
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    now = dict(leaves(config))
+    for key, value in leaves(checkpoint["graft"]["config"]):
+        if now.get(key) != value:  # somebody has edited config.yaml
+            refuse(key)
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if epochs > stage["epochs"]:
+        raise ValueError(
+            f"transfer.stages.{name}.epochs={stage['epochs']}: {epochs} are behind it already"
+        )
+    resumed.checkpoint = path
+    resumed.step += checkpoint["global_step"]
+    tell(f"resuming  {folder.path}: stage {name} after {epochs} epochs, step {resumed.step}")
+    return resumed
+
+
+def usable(stage: Path, tell: Tell = print) -> Path | None:
+    """The last checkpoint of a stage that can be read, if there is any."""
+    from graft.transfer.checkpoint import LAST, PREVIOUS, is_whole
+
+    last, previous = stage / LAST, stage / PREVIOUS
+    if is_whole(last):
+        return last
+    found = is_whole(previous)
+    if last.exists() or found:
+        state = "damaged" if last.exists() else "missing"
+        instead = "the one before it is used" if found else "and there is none before it"
+        tell(f"note: {last} is {state}: {instead}")
+    return previous if found else None
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,106 @@
+"""SIGTERM and SIGUSR1: save what a run can be resumed from, then stop.
+
+Lightning's own handlers save nothing, and call collectives from inside the handler, which hangs
+under DDP (Lightning#20806).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import lightning as L
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(BaseException):
+    """A signal asked this run to stop, and it can be resumed.
+
+    Args:
+        agreed: every rank stops, at the same batch.
+    """
+
+    def __init__(self, signum: int, *, agreed: bool = False) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.agreed = agreed
+
+
+class StopSignals:
+    """Remembers a signal while a stage trains; raises `Preempted` at once at any other time.
+
+    A second signal ends the process there and then. `received` is the first one, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.training = False  # whoever sets it looks at `received` after each batch
+        self.pid = os.getpid()
+        self.launchers: list[Any] = []  # of the further ranks, where this one started them
+
+    @contextmanager
+    def handled(self) -> Iterator[StopSignals]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # only the main thread may set handlers
+            return
+        before = {signum: signal.signal(signum, self._handle) for signum in SIGNALS}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        in_worker = os.getpid() != self.pid
+        if in_worker and signum == signal.SIGUSR1:
+            return  # SLURM warns all processes; the run is what stops
+        if in_worker or self.received:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        self.received = signum
+        if not self.training:
+            raise Preempted(signum)
+
+    def take_over(self, trainer: L.Trainer) -> None:
+        """Keep Lightning from setting handlers, and from asking the first rank in every batch
+        whether one of them was called.
+        """
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if trainer.strategy.launcher is not None:
+            self.launchers.append(trainer.strategy.launcher)
+
+    def kill_ranks(self) -> None:
+        """They may wait in a collective for this rank, for ever."""
+        for launcher in self.launchers:
+            launcher.kill(signal.SIGKILL)
+
+
+def requeue(signum: int) -> str | None:
+    """Have SLURM start this job again; says what came of it, or None where there is no SLURM.
+
+    On SIGUSR1 alone, the warning before the time limit (`sbatch --signal=USR1@120`): SIGTERM comes
+    from `scancel`, or from a preemption after which SLURM requeues the job itself.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if signum != signal.SIGUSR1 or job is None:
+        return None
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    command = ["scontrol", "requeue", job]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:  # a job submitted with --no-requeue, say
+        return f"SLURM does not requeue job {job}: {error.stderr.strip()}"
+    except OSError as error:
+        return f"job {job} is not requeued: {error.strerror}: scontrol"
+    return f"SLURM requeues job {job}"

@@ -1,0 +1,218 @@
+"""Rule 10: a run that was stopped and resumed is the run that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graft.module import TransferModule
+from graft.runs.folder import RunFolder
+from graft.transfer.last_checkpoint import LastCheckpoint
+from tests.conftest import TINY, Graft, same
+
+# Five batches an epoch. Dropout draws from torch's own state; the rate changes in every step.
+BASE = [
+    *TINY, "trainer.max_epochs=3",
+    "trainer.checkpoint_every_n_steps=2", "trainer.log_every_n_steps=1", "optimizer.lr=0.05",
+]  # fmt: skip
+MLP = ["head=mlp", "head.hidden=16", "head.dropout=0.3"]
+SECOND = "+transfer.stages.second={trainable: 2, epochs: 3, lr: 0.01, ema: 0.9, norm: train}"
+RUNS: dict[str, list[str]] = {
+    "fine-tuning": MLP,
+    "workers": [
+        *MLP, "data.num_workers=2", "sample_transform=rand_augment", "data.sample_transform.magnitude=3",
+    ],
+    "two stages": [*MLP, "transfer=linear_probe", "head.norm=standardize", SECOND],
+    "grid": [
+        *MLP, "transfer=linear_probe", "head.dropout=0", "head.grid={lr:[0.001,0.1],seed:[0,1]}", SECOND,
+    ],
+    "solver": ["head=linear", "transfer=ridge_probe", SECOND],
+    "lora": [*MLP, "transfer=lora", "transfer.stages.finetune.lora.rank=2"],
+    "accumulation": [
+        *MLP, "trainer.accumulate_grad_batches=2", "trainer.checkpoint_every_n_steps=1",
+        "transfer=ema", "transfer.stages.finetune.ema=0.9",
+    ],
+    "early stopping": [*MLP, "callbacks=early_stopping", "callbacks.early_stopping.patience=1"],
+}  # fmt: skip
+
+
+class Crash(Exception):
+    pass
+
+
+Break = Callable[..., None]
+
+
+@pytest.fixture
+def break_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
+    """`break_at(TransferModule, "training_step", 3)`: the third call raises, and later ones don't."""
+
+    def plan(owner: Any, method: str, number: int, *, after: bool = False, do: Any = None) -> None:
+        original = getattr(owner, method)
+        calls = 0
+
+        def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            result = original(self, *args, **kwargs) if after or calls != number else None
+            if calls == number:
+                if do is None:
+                    raise Crash
+                do()
+                return result if after else original(self, *args, **kwargs)
+            return result
+
+        monkeypatch.setattr(owner, method, broken)
+
+    yield plan
+    monkeypatch.undo()
+
+
+class Runs:
+    """Whole runs, made once; and stopped ones to compare with them."""
+
+    def __init__(self, graft: Graft, tmp_path: Path, shared: Path) -> None:
+        self.graft, self.tmp_path, self.shared = graft, tmp_path, shared
+
+    def whole(self, kind: str) -> Path:
+        kept = self.shared / kind.replace(" ", "_")
+        if not kept.exists():
+            done = self.graft("train", *BASE, *RUNS[kind], f"paths.logs={self.tmp_path / 'whole'}")
+            assert done.returncode == 0, done.stderr
+            (folder,) = (self.tmp_path / "whole").iterdir()
+            shutil.copytree(folder, kept)
+        return kept
+
+    def start(self, kind: str, *overrides: str) -> tuple[Path, int]:
+        """The folder of a run that ends early, and the exit code."""
+        logs = self.tmp_path / "stopped"
+        code = self.graft("train", *BASE, *RUNS[kind], *overrides, f"paths.logs={logs}").returncode
+        (folder,) = logs.iterdir()
+        return folder, code
+
+    def resume(self, folder: Path, *overrides: str) -> str:
+        done = self.graft("resume", str(folder), *overrides)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture
+def runs(graft: Graft, tmp_path: Path, shared: Path) -> Runs:
+    return Runs(graft, tmp_path, shared)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def assert_equal(resumed: Path, whole: Path) -> None:
+    """Weights, optimizers, counters, metrics, every logged row."""
+    assert record(resumed)["status"] == "done"
+    for key in ("metrics", "head"):
+        assert record(resumed).get(key) == record(whole).get(key)
+    stages = [[{**s, "seconds": 0} for s in record(run)["stages"]] for run in (resumed, whole)]
+    assert stages[0] == stages[1]
+    files = [sorted(p.relative_to(run) for p in run.rglob("*.ckpt")) for run in (resumed, whole)]
+    assert files[0] == files[1]
+    for file in files[0]:
+        a, b = (torch.load(run / file, weights_only=True) for run in (resumed, whole))
+        assert same(a["state_dict"], b["state_dict"]), file
+        for key in ("epoch", "global_step", "optimizer_states", "lr_schedulers", "loops"):
+            if key == "loops":  # what it counts in this process alone is not part of it
+                a, b = ({**c, "loops": c["loops"]["fit_loop"]["epoch_progress"]} for c in (a, b))
+            assert equal(a[key], b[key]), (file, key)
+    assert (resumed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return a == b
+
+
+POINTS: dict[str, tuple[Any, str, int, bool]] = {
+    "before anything is saved": (TransferModule, "training_step", 2, False),
+    "within an epoch": (TransferModule, "training_step", 9, False),
+    "in the last batch of an epoch": (TransferModule, "training_step", 10, False),
+    "in the first batch of an epoch": (TransferModule, "training_step", 6, False),
+    "in a validation": (TransferModule, "validation_step", 2, False),
+    "after a validation": (TransferModule, "on_validation_epoch_end", 2, True),
+    "when the best is saved and the last is not": (
+        LastCheckpoint,
+        "on_train_epoch_start",
+        2,
+        False,
+    ),
+    "at the end of the stage": (TransferModule, "finish_stage", 1, False),
+    "in the test": (TransferModule, "test_step", 1, False),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_that_crashed_goes_on_as_if_it_had_not(
+    runs: Runs, break_at: Break, point: str
+) -> None:
+    whole = runs.whole("fine-tuning")
+    owner, method, number, after = POINTS[point]
+    break_at(owner, method, number, after=after)
+    folder, code = runs.start("fine-tuning")
+    assert code == 1
+    assert record(folder)["status"] == "failed"
+    runs.resume(folder)
+    assert_equal(folder, whole)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_that_crashes_again_and_again(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """In each attempt three batches later; where a grid's winner or adapters are merged, twice."""
+    whole = runs.whole(kind)
+    original, calls = TransferModule.training_step, 0
+
+    def step(self: TransferModule, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise Crash
+        return original(self, *args)
+
+    update, broken = RunFolder.update, set()
+
+    def stop_before_a_stage_is_recorded(self: RunFolder, **fields: Any) -> None:
+        if (stages := fields.get("stages")) and (name := stages[-1]["name"]) not in broken:
+            broken.add(name)
+            raise Crash
+        update(self, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransferModule, "training_step", step)
+        patch.setattr(RunFolder, "update", stop_before_a_stage_is_recorded)
+        folder, code = runs.start(kind)
+        attempts = 0
+        while code != 0:
+            attempts += 1
+            assert attempts < 20, "it does not get further"
+            assert record(folder)["status"] == "failed"
+            calls = 0
+            code = runs.graft("resume", str(folder)).returncode
+    assert attempts >= 3
+    assert broken == {stage["name"] for stage in record(folder)["stages"]}
+    assert_equal(folder, whole)
