@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -65,6 +66,7 @@ def run(
 
     Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
     """
+    import_libraries()
     from lightning.pytorch.utilities import rank_zero_only
 
     from graft.runs.folder import RunFolder, run_name
@@ -121,6 +123,20 @@ def recorded(
         folder.finish("done", metrics=metrics, seconds=seconds())
         report.print_result(metrics, seconds(), folder.path, folder.path.parent)
     return metrics
+
+
+def import_libraries() -> None:
+    """What every run imports, a fifth faster: the garbage collector would go through the modules
+    again and again while they load. Nothing of them is garbage, so it is told to leave them be.
+    """
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        from graft import build, report, trainer  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def train(

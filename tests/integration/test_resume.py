@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,13 @@ SECOND = "+transfer.stages.second={trainable: 2, epochs: 3, lr: 0.01, ema: 0.9, 
 RUNS: dict[str, list[str]] = {
     "fine-tuning": MLP,
     "workers": [
-        *MLP, "data.num_workers=2", "sample_transform=rand_augment", "data.sample_transform.magnitude=3",
+        *MLP, "data.num_workers=2", "sample_transform=rand_augment",
+        "data.sample_transform.magnitude=3",
     ],
     "two stages": [*MLP, "transfer=linear_probe", "head.norm=standardize", SECOND],
     "grid": [
-        *MLP, "transfer=linear_probe", "head.dropout=0", "head.grid={lr:[0.001,0.1],seed:[0,1]}", SECOND,
+        *MLP, "transfer=linear_probe", "head.dropout=0", SECOND,
+        "head.grid={lr:[0.001,0.1],seed:[0,1]}",
     ],
     "solver": ["head=linear", "transfer=ridge_probe", SECOND],
     "lora": [*MLP, "transfer=lora", "transfer.stages.finetune.lora.rank=2"],
@@ -53,7 +53,7 @@ Break = Callable[..., None]
 
 @pytest.fixture
 def break_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
-    """`break_at(TransferModule, "training_step", 3)`: the third call raises, and later ones don't."""
+    """`break_at(TransferModule, "training_step", 3)`: the third call raises, later ones don't."""
 
     def plan(owner: Any, method: str, number: int, *, after: bool = False, do: Any = None) -> None:
         original = getattr(owner, method)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from graft.data.cifar import Cifar10
 from graft.data.decode import decode_batch
-from graft.data.digits import Digits
+from graft.data.digits import FILE, Digits
 from graft.data.folder import ImageFolder
 from graft.data.source import Source
 from graft.data.synthetic import Synthetic
@@ -150,8 +150,14 @@ def test_embedded_sources(source: Source) -> None:
 
 
 def test_digits_show_what_scikit_learn_has() -> None:
+    from sklearn.datasets import load_digits
+
+    theirs, ours = load_digits(), np.loadtxt(FILE, delimiter=",")
+    np.testing.assert_array_equal(ours[:, :64], theirs.data)
+    np.testing.assert_array_equal(ours[:, 64], theirs.target)
     splits = Digits().load(32)
     assert splits.test is not None
+    assert splits.classes == [str(name) for name in theirs.target_names]
     assert (len(splits.train.labels), len(splits.test.labels)) == (1198, 599)
     assert splits.train.images.shape[1:] == (3, 32, 32)
     assert splits.train.images.max() == 255

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 from graft.build import build, build_stages
 from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
+from graft.train import import_libraries
 from graft.transfer import schedules
 from graft.transfer.checkpoint import load_checkpoint
 from tests.conftest import TINY, Train, compose, same
@@ -299,6 +302,22 @@ def test_accumulation_and_clipping_reach_the_trainer_and_the_schedule(train_tiny
         ]
     assert rates[0] == pytest.approx(0.05)
     assert rates[-1] == pytest.approx(0.05 * 4e-6, rel=1e-3)
+
+
+def test_the_garbage_collector_works_again_after_the_imports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As if this were the first run of the process.
+    monkeypatch.setattr("graft.train.sys", SimpleNamespace(modules={}))
+    try:
+        import_libraries()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    monkeypatch.undo()
+    import_libraries()
+    assert gc.get_freeze_count() == 0, "a later run would freeze the garbage of earlier ones"
 
 
 def test_the_run_folder_tells_the_whole_story(train_tiny: Train) -> None:
