@@ -17,10 +17,12 @@ commands:
                            graft train experiment=cifar10_linear_probe backbone=resnet18
                            graft train -m optimizer.lr=0.01,0.1           a sweep
                            graft train --help | --cfg job                 options, resolved config
+  compare [RUNS_OR_FOLDERS]
+                           what differs, mean and spread over seeds, time, memory (--help: more)
   cache [list|verify|prune]
                            decoded images and frozen features on disk: sizes, checksums, clean-up
 
-Everything about a run is in its folder under logs/; `tensorboard --logdir logs` compares runs.
+Everything about a run is in its folder under logs/; `tensorboard --logdir logs` draws runs.
 """
 
 
@@ -39,5 +41,10 @@ def main() -> None:
         from graft.runs.cache import main as cache
 
         cache(sys.argv[2:])
+    elif command == "compare":
+        from graft.runs.compare import main as compare
+
+        compare(sys.argv[2:])
     else:
-        sys.exit(f"graft: no command {command!r}; commands: train, cache (see graft --help)")
+        known = "train, compare, cache (see graft --help)"
+        sys.exit(f"graft: no command {command!r}; commands: {known}")

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,18 +48,22 @@ def job(config: DictConfig, overrides: list[str]) -> float:
     parent = Path(plain["paths"]["logs"])
     if hydra_config.mode == RunMode.MULTIRUN:
         parent = Path(hydra_config.sweep.dir)
-    experiment = hydra_config.runtime.choices.get("experiment")
-    return run(plain, overrides, experiment, parent=parent)["val/acc"]
+    chosen = hydra_config.runtime.choices.items()
+    choices = {group: option for group, option in chosen if group.isidentifier()}  # not `a/b@c`
+    return run(plain, overrides, choices, parent=parent)["val/acc"]
 
 
 def run(
     config: dict[str, Any],
     overrides: list[str],
-    experiment: str | None = None,
+    choices: Mapping[str, str | None] | None = None,
     *,
     parent: Path | None = None,
 ) -> dict[str, float]:
     """Train what a resolved config describes, in a run folder of its own.
+
+    Args:
+        choices: the option of each config group; that of `experiment` names the folder.
 
     Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
     """
@@ -71,8 +76,8 @@ def run(
     folder = None
     parent = parent or Path(config["paths"]["logs"])
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        name = run_name(experiment, overrides, config["seed"])
-        folder = RunFolder.create(parent, name, config, overrides)
+        name = run_name((choices or {}).get("experiment"), overrides, config["seed"])
+        folder = RunFolder.create(parent, name, config, overrides, choices)
     started = time.perf_counter()
     try:
         metrics, _ = train(config, folder)
@@ -132,10 +137,15 @@ def train(
             folder.update(stage=stage.name)
 
     if folder is not None:
-        report.print_start(module, datamodule, describe_device(options), path)
+        device = describe_device(options)
+        folder.update(device=device, train_images=len(datamodule.splits["train"]))
+        report.print_start(module, datamodule, device, path)
 
     def conclude(result: StageResult) -> None:
         report.print_chosen(result)
+        if folder is not None:
+            fit = {"name": result.name, "val/acc": result.best_score, "seconds": result.seconds}
+            folder.update(stages=[*folder.record.get("stages", []), fit])
         if folder is not None and result.head:
             folder.update(head=result.head)
         if folder is not None and result.grid is not None:
