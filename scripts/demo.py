@@ -11,7 +11,7 @@ from graft.train import run
 def accuracy(*overrides: str) -> float:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = check(compose("train", ["experiment=quickstart", *overrides]))
-    return 100 * run(config, list(overrides), "quickstart")["test/acc"]
+    return 100 * run(config, list(overrides), {"experiment": "quickstart"})["test/acc"]
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ commands:
                            graft train --help | --cfg job                 options, resolved config
   resume RUN [OVERRIDES]   go on with a run that was stopped, as if it had not been
                            graft resume logs/2026-11-24_12-00-00_quickstart_seed0
+  compare [RUNS_OR_FOLDERS]
+                           what differs, mean and spread over seeds, time, memory (--help: more)
   cache [list|verify|prune]
                            decoded images and frozen features on disk: sizes, checksums, clean-up
 
-Everything about a run is in its folder under logs/; `tensorboard --logdir logs` compares runs.
+Everything about a run is in its folder under logs/; `tensorboard --logdir logs` draws runs.
 """
 
 
@@ -44,7 +46,10 @@ def main() -> None:
         from graft.runs.cache import main as cache
 
         cache(sys.argv[2:])
+    elif command == "compare":
+        from graft.runs.compare import main as compare
+
+        compare(sys.argv[2:])
     else:
-        sys.exit(
-            f"graft: no command {command!r}; commands: train, resume, cache (see graft --help)"
-        )
+        known = "train, resume, compare, cache (see graft --help)"
+        sys.exit(f"graft: no command {command!r}; commands: {known}")

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -51,18 +51,22 @@ def job(config: DictConfig, overrides: list[str]) -> float:
     parent = Path(plain["paths"]["logs"])
     if hydra_config.mode == RunMode.MULTIRUN:
         parent = Path(hydra_config.sweep.dir)
-    experiment = hydra_config.runtime.choices.get("experiment")
-    return run(plain, overrides, experiment, parent=parent)["val/acc"]
+    chosen = hydra_config.runtime.choices.items()
+    choices = {group: option for group, option in chosen if group.isidentifier()}  # not `a/b@c`
+    return run(plain, overrides, choices, parent=parent)["val/acc"]
 
 
 def run(
     config: dict[str, Any],
     overrides: list[str],
-    experiment: str | None = None,
+    choices: Mapping[str, str | None] | None = None,
     *,
     parent: Path | None = None,
 ) -> dict[str, float]:
     """Train what a resolved config describes, in a run folder of its own.
+
+    Args:
+        choices: the option of each config group; that of `experiment` names the folder.
 
     Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
     """
@@ -73,9 +77,9 @@ def run(
 
     folder = None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        name = run_name(experiment, overrides, config["seed"])
+        name = run_name((choices or {}).get("experiment"), overrides, config["seed"])
         parent = parent or Path(config["paths"]["logs"])
-        folder = RunFolder.create(parent, name, config, overrides)
+        folder = RunFolder.create(parent, name, config, overrides, choices)
     with folder.locked() if folder is not None else nullcontext():
         return recorded(config, folder)
 
@@ -197,10 +201,15 @@ def train(
             report.log_stage(groups[stage.name], stage.name, loggers)
 
     if folder is not None:
-        report.print_start(module, datamodule, describe_device(options), path)
+        device = describe_device(options)
+        folder.update(device=device, train_images=len(datamodule.splits["train"]))
+        report.print_start(module, datamodule, device, path)
 
     def conclude(result: StageResult) -> None:
         report.print_chosen(result)
+        if folder is not None:
+            fit = {"name": result.name, "val/acc": result.best_score, "seconds": result.seconds}
+            folder.update(stages=[*folder.record.get("stages", []), fit])
         if folder is not None and result.head:
             folder.update(head=result.head)
         if folder is not None and result.grid is not None:

@@ -60,7 +60,7 @@ def main() -> None:
             folder.write("config.yaml", config)
             folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *arguments.overrides])
             (folder.path / "error.log").unlink(missing_ok=True)
-            folder.update(status="running", finished=None, error=None)
+            folder.update(status="running", finished=None, error=None, config=config)
         recorded(config, folder if first else None, resumed)
 
 

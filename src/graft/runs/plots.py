@@ -1,0 +1,84 @@
+"""`graft compare --plot`: learning curves with bands, bars with intervals."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from graft.runs.groups import ABSENT, Comparison, Group
+from graft.runs.records import Run
+from graft.runs.tables import heading, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEGEND = 20  # groups that a legend can name
+
+
+def draw(comparison: Comparison, metric: str, path: Path) -> None:
+    """A PNG, PDF or SVG: validation over steps, and `metric` of each group.
+
+    Raises:
+        ValueError: the file's ending names no format of pictures.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # not pyplot: it looks for a display
+
+    groups = comparison.groups
+    height = max(4.0, 1.5 + 0.3 * len(groups))
+    figure = Figure(figsize=(13, min(height, 100)), layout="constrained")
+    curves, bars = figure.subplots(1, 2)
+    curve = metric.replace("test/", "val/", 1)
+    names = [
+        ", ".join(f"{k.rpartition('.')[2]}={g.values.get(k, ABSENT)}" for k in comparison.columns)
+        for g in groups
+    ]
+    colours = colormaps["viridis"].resampled(len(groups))
+    for place, (group, name) in enumerate(zip(groups, names, strict=True)):
+        _curve(curves, group, curve, colours(place), name or "all")
+        _bar(bars, group, metric, place, colours(place))
+    curves.set(xlabel="step", ylabel=heading(curve), title="mean ± standard deviation over seeds")
+    if len(groups) <= LEGEND:
+        curves.legend(fontsize="small")
+    bars.set_yticks(range(len(groups)), names)
+    bars.invert_yaxis()
+    bars.set(xlabel=heading(metric), title="mean and 95 % interval; dots are runs")
+    bars.margins(x=0.1)
+    figure.savefig(path, dpi=120)
+
+
+def _curve(axes: Axes, group: Group, metric: str, colour: object, name: str) -> None:
+    values: dict[int, list[float]] = {}
+    for run in group.runs.values():
+        for step, value in learning_curve(run, metric).items():
+            values.setdefault(step, []).append(value * (100 if percent(metric) else 1))
+    steps = sorted(values)
+    means = [fmean(values[step]) for step in steps]
+    spreads = [stdev(values[step]) if len(values[step]) > 1 else 0.0 for step in steps]
+    axes.plot(steps, means, color=colour, label=name, marker="." if len(steps) < 30 else "")
+    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+    axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _bar(axes: Axes, group: Group, metric: str, place: int, colour: object) -> None:
+    scale = 100 if percent(metric) else 1
+    numbers = [scale * number for number in group.numbers(metric).values()]
+    summary = group.summary(metric)
+    if summary is None:
+        return
+    half = scale * (summary.half or 0.0)
+    axes.errorbar(scale * summary.mean, place, xerr=half, fmt="D", color=colour, capsize=4)
+    axes.plot(numbers, [place] * len(numbers), ".", color="black", markersize=4, zorder=3)
+
+
+def learning_curve(run: Run, metric: str) -> dict[int, float]:
+    """Values of a metric by step, from `metrics.csv`; none where nothing was logged."""
+    try:
+        with (run.path / "metrics.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get(metric)]
+    except FileNotFoundError:  # logger=null
+        return {}
+    return {int(row["step"]): float(row[metric]) for row in rows}

@@ -1,0 +1,159 @@
+"""Run folders read back: what was asked for, what came of it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from graft.config import leaves
+from graft.runs.folder import FORMAT
+
+IGNORED = ("seed", "paths", "logger")  # config keys that make no other experiment
+FACTS = ("status", "host", "device", "git_commit", "train_images")  # of run.json, to filter by
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder; `problem` says why its record could not be read."""
+
+    path: Path
+    record: dict[str, Any]
+    config: dict[str, Any]
+    problem: str = ""
+
+    @property
+    def status(self) -> str:
+        return "unreadable" if self.problem else str(self.record.get("status"))
+
+    @property
+    def error(self) -> str:
+        return self.problem or str(self.record.get("error") or "")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.record.get("metrics") or {}
+
+    @cached_property
+    def leaves(self) -> dict[str, str]:
+        """Every config key with its value as text, folders relative to `paths`."""
+        places = [(str(p), f"${{paths.{k}}}") for k, p in self.config.get("paths", {}).items()]
+
+        def shown(value: Any) -> str:
+            for place, name in places:
+                if isinstance(value, str) and (value == place or value.startswith(place + "/")):
+                    return name + value[len(place) :]
+            return text(value)
+
+        return {key: shown(value) for key, value in leaves(self.config)}
+
+    @cached_property
+    def values(self) -> dict[str, str]:
+        """All there is to filter and group by: options of groups, config keys, facts."""
+        choices = {k: text(v) for k, v in (self.record.get("choices") or {}).items()}
+        facts = {key: text(self.record.get(key)) for key in FACTS}
+        return {**facts, **choices, **self.leaves, "status": self.status}
+
+    @cached_property
+    def identity(self) -> tuple[tuple[str, str], ...]:
+        """Equal for runs that differ by nothing but the seed."""
+        return tuple(
+            (key, value)
+            for key, value in sorted(self.leaves.items())
+            if key.split(".")[0] not in IGNORED
+        )
+
+    @property
+    def overridden(self) -> list[str]:
+        """Keys that were given on the command line or by a sweep."""
+        return [o.lstrip("+~").partition("=")[0] for o in self.record.get("overrides") or []]
+
+    def number(self, name: str) -> float | None:
+        """A metric, or `seconds`, `fit_seconds` (of the stages alone), `memory_mb`, ..."""
+        if name == "fit_seconds":
+            stages = self.record.get("stages") or []
+            return sum(stage["seconds"] for stage in stages) if stages else None
+        return self.metrics.get(name, self.record.get(name))
+
+
+def text(value: Any) -> str:
+    """As one types it; equal for equal numbers, however they were typed."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(text(item) for item in value) + "]"
+    number = as_number(value)
+    return str(value) if number is None else repr(number).removesuffix(".0")
+
+
+def as_number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def find_runs(places: Sequence[Path]) -> list[Run]:
+    """The runs in these folders and below, each once, sorted by path.
+
+    Raises:
+        ValueError: no such folder, or no run in it.
+    """
+    found: dict[Path, Run] = {}
+    for place in places:
+        if not place.is_dir():
+            raise ValueError(f"{place}: no such folder")
+        paths = [*run_folders(place)]
+        if not paths:
+            raise ValueError(f"{place}: no run folder in it (one that holds a run.json)")
+        found |= {path.resolve(): read_run(path) for path in paths}
+    return sorted(found.values(), key=lambda run: str(run.path))
+
+
+def run_folders(top: Path) -> Iterator[Path]:
+    for folder, below, files in os.walk(top):
+        if "run.json" in files:
+            yield Path(folder)
+            below.clear()  # checkpoints and events
+
+
+def read_run(path: Path) -> Run:
+    try:
+        record = json.loads((path / "run.json").read_bytes())
+        if not isinstance(record, dict) or "format" not in record:
+            return Run(path, {}, {}, "run.json is not that of a run")
+        if record["format"] > FORMAT:
+            written = f"written by a newer graft (format {record['format']}, this one: {FORMAT})"
+            return Run(path, record, {}, f"{written}: update graft")
+        config = record.get("config") or _config_file(path)
+    except (OSError, ValueError) as error:
+        return Run(path, {}, {}, " ".join(str(error).split()))
+    return Run(path, record, config)
+
+
+def _config_file(path: Path) -> dict[str, Any]:
+    """Of runs whose record has no copy of it."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.load((path / "config.yaml").read_bytes(), yaml.CSafeLoader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config.yaml: {error}") from error
+
+
+def known(name: str, names: Sequence[str], what: str) -> str:
+    """`name`, if it is one of `names`.
+
+    Raises:
+        ValueError: it is not; says which are close.
+    """
+    if name in names:
+        return name
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there is {', '.join(names[:8])}"
+    raise ValueError(f"no {what} {name} in these runs: {hint}")
