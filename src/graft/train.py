@@ -207,9 +207,6 @@ def train(
 
     def conclude(result: StageResult) -> None:
         report.print_chosen(result)
-        if folder is not None:
-            fit = {"name": result.name, "val/acc": result.best_score, "seconds": result.seconds}
-            folder.update(stages=[*folder.record.get("stages", []), fit])
         if folder is not None and result.head:
             folder.update(head=result.head)
         if folder is not None and result.grid is not None:
