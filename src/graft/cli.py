@@ -17,6 +17,7 @@ commands:
                            graft train experiment=cifar10_linear_probe backbone=resnet18
                            graft train -m optimizer.lr=0.01,0.1           a sweep
                            graft train --help | --cfg job                 options, resolved config
+  eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)
   cache [list|verify|prune]
                            decoded images and frozen features on disk: sizes, checksums, clean-up
 
@@ -35,9 +36,13 @@ def main() -> None:
         # command (`python -m graft.train OVERRIDES`) and Hydra sees its arguments alone.
         del sys.argv[1]
         runpy.run_module("graft.train", run_name="__main__", alter_sys=True)
+    elif command == "eval":
+        from graft.runs.evaluate import main as evaluate
+
+        evaluate(sys.argv[2:])
     elif command == "cache":
         from graft.runs.cache import main as cache
 
         cache(sys.argv[2:])
     else:
-        sys.exit(f"graft: no command {command!r}; commands: train, cache (see graft --help)")
+        sys.exit(f"graft: no command {command!r}; commands: train, eval, cache (see graft --help)")

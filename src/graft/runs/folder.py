@@ -49,7 +49,7 @@ class RunFolder:
             ) from error
         folder = cls(path)
         for file, content in (("config.yaml", config), ("overrides.yaml", list(overrides))):
-            _write_atomically(path / file, OmegaConf.to_yaml(OmegaConf.create(content)))
+            write_atomically(path / file, OmegaConf.to_yaml(OmegaConf.create(content)))
         folder.update(
             format=FORMAT,
             status="running",
@@ -67,7 +67,7 @@ class RunFolder:
 
     def update(self, **fields: Any) -> None:
         self.record.update(fields)
-        _write_atomically(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
+        write_atomically(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
 
     def finish(self, status: str, **fields: Any) -> None:
         self.update(status=status, finished=_now(), **fields)
@@ -95,11 +95,12 @@ def _create_exclusively(parent: Path, name: str) -> Path:
     raise FileExistsError(f"{parent / name} and 999 more exist")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Whole or not at all, whatever stops the process."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
