@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from graft.backbones.base import Backbone
 from graft.config import bind, make
 from graft.data.datamodule import TransferDataModule
 from graft.heads import Head, seeded_head
@@ -14,9 +16,15 @@ from graft.transfer.lora import LoRA
 from graft.transfer.stages import Stage
 
 
-def build(config: dict[str, Any]) -> tuple[TransferModule, TransferDataModule]:
-    """Module and data of a config; the data is prepared, so sizes and classes are known."""
-    backbone = make(config["backbone"])
+def build(
+    config: dict[str, Any], *, pretrained: bool = True
+) -> tuple[TransferModule, TransferDataModule]:
+    """Module and data of a config; the data is prepared, so sizes and classes are known.
+
+    Args:
+        pretrained: False where a checkpoint is loaded next: see `build_backbone`.
+    """
+    backbone = build_backbone(config["backbone"], pretrained=pretrained)
     backbone.mirror = config["mirror"]
     # `root` is in the group for the command line; only the source takes it.
     data = {key: value for key, value in config["data"].items() if key != "root"}
@@ -42,6 +50,16 @@ def build(config: dict[str, Any]) -> tuple[TransferModule, TransferDataModule]:
         backbone, head, datamodule.num_classes, label_smoothing=config["label_smoothing"]
     )
     return module, datamodule
+
+
+def build_backbone(config: dict[str, Any], *, pretrained: bool = True) -> Backbone:
+    """Without `pretrained`, a backbone that can do without its weights neither downloads nor reads
+    them; its preprocessing stays theirs.
+    """
+    builder = bind(config)
+    if not pretrained and "pretrained" in inspect.signature(builder).parameters:
+        return builder(pretrained=False)
+    return builder()
 
 
 def bind_head(config: dict[str, Any]) -> Callable[[int, int], Head]:

@@ -21,6 +21,7 @@ commands:
                            graft resume logs/2026-11-24_12-00-00_quickstart_seed0
   compare [RUNS_OR_FOLDERS]
                            what differs, mean and spread over seeds, time, memory (--help: more)
+  eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)
   cache [list|verify|prune]
                            decoded images and frozen features on disk: sizes, checksums, clean-up
 
@@ -42,6 +43,10 @@ def main() -> None:
         sys.argv[1:] = [*options, *(a for a in sys.argv[2:] if a not in options)]
         module = {"train": "graft.train", "resume": "graft.runs.resume"}[command]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+    elif command == "eval":
+        from graft.runs.evaluate import main as evaluate
+
+        evaluate(sys.argv[2:])
     elif command == "cache":
         from graft.runs.cache import main as cache
 
@@ -51,5 +56,5 @@ def main() -> None:
 
         compare(sys.argv[2:])
     else:
-        known = "train, resume, compare, cache (see graft --help)"
+        known = "train, resume, eval, compare, cache (see graft --help)"
         sys.exit(f"graft: no command {command!r}; commands: {known}")

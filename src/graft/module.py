@@ -164,17 +164,19 @@ class TransferModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_loss, self.val_acc)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_loss, self.test_acc)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._evaluate(batch, self.test_loss, self.test_acc)
 
-    def _evaluate(self, batch: Batch, loss: Metric, accuracy: Metric) -> None:
+    def _evaluate(self, batch: Batch, loss: Metric, accuracy: Metric) -> Tensor:
+        """The logits."""
         logits = self._logits(batch)
         labels = batch["label"]
         if self.grid is not None:
             self.grid.validate(logits, labels)
-            return
+            return logits
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
         accuracy.update(logits, labels)
+        return logits
 
     def on_validation_start(self) -> None:
         self.sync_batch_norms()

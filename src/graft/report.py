@@ -170,5 +170,58 @@ def print_result(metrics: Mapping[str, Any], seconds: float, run: Path, logs: Pa
     say(f"compare   tensorboard --logdir {logs}")
 
 
+PERCENT = ("acc", "macro_f1", "ece")
+
+
+def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
+    """Metrics with their intervals, then the classes, those told apart worst if there are many."""
+    table = Table()
+    for column in ("metric", "value", "95 % interval"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, value in result["metrics"].items():
+        interval = result["intervals"].get(name)
+        table.add_row(name, _score(name, value), _interval(name, interval))
+    console.print(table)
+    names = list(result["classes"])
+    order = list(range(len(names)))
+    accuracy = [result["per_class"][name]["acc"] for name in names]
+    if len(names) > worst:
+        order = sorted(order, key=lambda i: 2 if accuracy[i] is None else accuracy[i])[:worst]
+    table = Table()
+    for column in ("class", "images", "acc", "95 % interval", "most often taken for"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for i in order:
+        row = result["per_class"][names[i]]
+        wrong = [0 if j == i else count for j, count in enumerate(result["confusion"][i])]
+        taken = max(range(len(names)), key=lambda j: wrong[j])
+        share = f"{names[taken]} {100 * wrong[taken] / row['images']:.1f} %" if any(wrong) else ""
+        acc = "" if row["acc"] is None else _score("acc", row["acc"])
+        table.add_row(names[i], f"{row['images']:,}", acc, _interval("acc", row["interval"]), share)
+    console.print(table)
+
+
+def print_corruptions(result: Mapping[str, Any]) -> None:
+    """Accuracy by corruption and severity."""
+    table = Table(title="acc in %, by corruption and severity", title_justify="left")
+    severities = range(1, 1 + len(next(iter(result["corruptions"].values()))))
+    for column in ("corruption", *map(str, severities), "mean"):
+        table.add_column(column, justify="left" if column == "corruption" else "right")
+    for name, rows in result["corruptions"].items():
+        values = [100 * row["acc"] for row in rows]
+        mean = sum(values) / len(values)
+        table.add_row(name, *(f"{value:.2f}" for value in (*values, mean)))
+    console.print(table)
+    say(f"clean     {_score('acc', result['metrics']['acc'])}")
+    say(f"mean      {_score('acc', result['mean_acc'])} over all corruptions and severities")
+
+
+def _score(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name in PERCENT else f"{value:.4f}"
+
+
+def _interval(name: str, ends: Sequence[float] | None) -> str:
+    return "" if ends is None else " to ".join(_score(name, end) for end in ends)
+
+
 def _count(module: Any) -> int:
     return sum(p.numel() for p in module.parameters())

@@ -175,7 +175,7 @@ def train(
     if config["trainer"]["compile"]:
         compile_blocks(module.backbone, config["trainer"]["compile"])
     path = folder.path if folder is not None else Path("unused-on-other-ranks")
-    module.checkpoint_note = {"config": config}
+    module.checkpoint_note = {"config": config, "classes": datamodule.classes}
     loggers = []
     if folder is not None:
         loggers = [make(c, save_dir=path) for c in (config["logger"] or {}).values() if c]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,37 @@ def test_preprocessing_is_that_of_the_weights(
     state = models.get_model(name, weights=None).state_dict()
     entry = models.get_model_weights(name)[weights]
     monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **kwargs: state)
-    p = torchvision_backbone(model=name, weights=weights).preprocessing
+    backbone = torchvision_backbone(model=name, weights=weights)
+    p = backbone.preprocessing
     expected = entry.transforms()
     assert (p.resize_size, p.crop_size) == (expected.resize_size[0], expected.crop_size[0])
     assert (list(p.mean), list(p.std)) == (expected.mean, expected.std)
     assert p.interpolation == expected.interpolation.value
+    monkeypatch.setattr(type(entry), "get_state_dict", None)  # an error if it is asked for
+    bare = torchvision_backbone(model=name, weights=weights, pretrained=False)
+    assert (bare.preprocessing, bare.description) == (p, backbone.description)
+    assert [(k, v.shape) for k, v in bare.state_dict().items()] == [
+        (k, v.shape) for k, v in backbone.state_dict().items()
+    ]
+
+
+def test_without_its_weights_a_backbone_keeps_what_they_decide() -> None:
+    """The size of a ViT's position embedding, timm's preprocessing; a file may be gone."""
+    with torch.device("meta"):
+        vit = torchvision_backbone(
+            model="vit_b_16", weights="IMAGENET1K_SWAG_E2E_V1", pretrained=False
+        )
+    assert vit.preprocessing.crop_size == 384
+    assert vit.get_parameter("blocks.embed.1.pos_embedding").shape == (1, 24 * 24 + 1, 768)
+    tagged = timm_backbone(model="resnet18", weights="a1_in1k", pretrained=False)
+    assert tagged.preprocessing.resize_size == 235
+    assert tagged.description == "timm resnet18, weights a1_in1k"
+    for build in (
+        partial(torchvision_backbone, model="squeezenet1_1"),
+        partial(timm_backbone, model="test_resnet"),
+        resnet_cifar,
+    ):
+        build(weights="gone.pth", pretrained=False)
 
 
 def test_stochastic_depth_is_a_key_where_the_backbone_has_it() -> None:
@@ -241,7 +268,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"model": "squeezenet1_1", "taps": ["fire9"]}, "no block named fire9; the blocks are"),
     ],
 )
-def test_wrong_names_are_refused_with_the_right_ones(kwargs: dict[str, str], message: str) -> None:
+def test_wrong_names_are_refused_with_the_right_ones(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         torchvision_backbone(**kwargs)
 

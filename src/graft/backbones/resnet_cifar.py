@@ -49,12 +49,14 @@ def resnet_cifar(
     depth: int = 20,
     width: int = 16,
     weights: str | None = "CIFAR10",
+    pretrained: bool = True,
     taps: Sequence[str] | str | None = None,
 ) -> Backbone:
     """ResNet of `depth` = 6n + 2 layers with `width`, 2 `width`, 4 `width` channels.
 
     Args:
         weights: "CIFAR10" for the weights in this package (ResNet-20 only), a file, or None.
+        pretrained: False doesn't read them: for a checkpoint that is loaded next.
 
     Raises:
         ValueError: impossible depth, or weights of another architecture.
@@ -83,6 +85,6 @@ def resnet_cifar(
     made_of = f"weights {weights}" if weights is not None else "random weights"
     description = f"ResNet-{depth} for 32 px, {made_of}"
     backbone = Backbone(blocks, CIFAR10_PREPROCESSING, taps=taps, description=description)
-    if weights is not None:
+    if weights is not None and pretrained:
         load_into(backbone, EMBEDDED if weights == "CIFAR10" else weights)
     return backbone

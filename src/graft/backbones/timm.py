@@ -127,6 +127,7 @@ def timm_backbone(
     *,
     model: str,
     weights: str | bool | None = "DEFAULT",
+    pretrained: bool = True,
     taps: Sequence[str] | str | None = None,
     **kwargs: Any,
 ) -> Backbone:
@@ -140,6 +141,8 @@ def timm_backbone(
         model: timm's name, with a tag if wanted ("vit_small_patch16_224.augreg_in21k").
         weights: "DEFAULT" or true (those of the tag in `model`, or timm's first), a tag, a file
             (timm's layout or ours), or None for random weights.
+        pretrained: False takes architecture and preprocessing from `weights`, and neither
+            downloads nor reads them: for a checkpoint that is loaded next.
         taps: see `Backbone`.
         kwargs: passed on to `timm.create_model`.
 
@@ -159,22 +162,24 @@ def timm_backbone(
         hint = f": did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"backbone.model: timm has no model {name}{hint}")
     state = None
-    if isinstance(weights, str) and is_file_name(weights):
-        state = read_weights(Path(weights))
+    is_file = isinstance(weights, str) and is_file_name(weights)
+    if isinstance(weights, str) and is_file:
+        state = read_weights(Path(weights)) if pretrained else None
     elif isinstance(weights, str) and weights != "DEFAULT":
         tag = weights
-    pretrained = bool(weights) and state is None
+    published = bool(weights) and not is_file
     tags = [
         n.partition(".")[2] for n in timm.list_pretrained(f"{name}*") if n.split(".")[0] == name
     ]
-    if (tag and tag not in tags) or (pretrained and not tags):
+    if (tag and tag not in tags) or (published and not tags):
         raise ValueError(
             f"backbone.weights={tag or weights}: {name} has {', '.join(tags) or 'none'}; or give "
             "a .pth or .safetensors file, or null"
         )
     full_name = f"{name}.{tag}" if tag else name
-    with _hub(full_name, pretrained):
-        built: Any = timm.create_model(full_name, pretrained=pretrained, num_classes=0, **kwargs)
+    load = published and pretrained
+    with _hub(full_name, load):
+        built: Any = timm.create_model(full_name, pretrained=load, num_classes=0, **kwargs)
     ours = state is not None and all(key.startswith("blocks.") for key in state)
     if state is not None and not ours:
         classifier = built.pretrained_cfg.get("classifier") or ()
@@ -191,7 +196,7 @@ def timm_backbone(
         first = next(iter(blocks))
         blocks[first] = nn.Sequential(FixedSize(size), blocks[first])
     nhwc = getattr(built, "output_fmt", "NCHW") == "NHWC"
-    used = built.pretrained_cfg.get("tag") or "DEFAULT" if pretrained else weights
+    used = built.pretrained_cfg.get("tag") or "DEFAULT" if published else weights
     backbone = Backbone(
         blocks,
         Preprocessing(

@@ -159,6 +159,7 @@ def torchvision_backbone(
     *,
     model: str,
     weights: str | None = None,
+    pretrained: bool = True,
     taps: Sequence[str] | str | None = None,
     **kwargs: Any,
 ) -> Backbone:
@@ -168,6 +169,8 @@ def torchvision_backbone(
         model: torchvision's name, for instance "resnet50".
         weights: name of an entry of its weights enum ("IMAGENET1K_V1", "DEFAULT"), a `.pth` or
             `.safetensors` file (torchvision's layout or ours), or None for random weights.
+        pretrained: False takes architecture and preprocessing from `weights`, and neither
+            downloads nor reads them: for a checkpoint that is loaded next.
         taps: see `Backbone`.
         kwargs: passed on to torchvision's builder.
 
@@ -191,9 +194,14 @@ def torchvision_backbone(
             "a .pth or .safetensors file, or null"
         )
     entry = None if weights is None or is_file else entries[weights]
-    state = read_weights(Path(weights)) if weights is not None and is_file else None
+    state = read_weights(Path(weights)) if weights is not None and is_file and pretrained else None
     ours = state is not None and all(key.startswith("blocks.") for key in state)
-    original = _build(model, entry, **kwargs)
+    if pretrained:
+        original = _build(model, entry, **kwargs)
+    else:
+        if entry is not None and family == "vision_transformer":  # as its builder does
+            kwargs["image_size"] = entry.meta["min_size"][0]
+        original = models.get_model(model, weights=None, **kwargs)
     if state is not None and not ours:
         # Only the last layer may differ: `classifier` of VGG or MobileNetV3 holds features too.
         last = [n for n, m in original.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]

@@ -160,6 +160,12 @@ class TransferDataModule(L.LightningDataModule):
             )
         self.splits = {"train": ImageDataset(loaded.train, keep), **held_out}
 
+    def replace_test(self, dataset: ImageDataset) -> None:
+        """Put other images in place of the test split, and drop what was derived from the old."""
+        self.splits["test"] = dataset
+        for derived in (self.residents, self.digests, self.features):
+            derived.pop("test", None)
+
     def start_stage(
         self,
         index: int,

@@ -7,9 +7,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -59,7 +59,7 @@ class ImageFolder(Source):
         self.listing: Listing | None = None  # walking and stat take a second for 60,000 files
 
     def prepare(self, size: int) -> None:
-        listing = self.listing = list_images(self.root)
+        listing = self.listing = self._list()
         if listing.ignored:
             kinds = Counter(Path(name).suffix or "none" for name in listing.ignored)
             log.warning(
@@ -79,7 +79,7 @@ class ImageFolder(Source):
             log.warning("%s; they are left out", unreadable)
 
     def load(self, size: int) -> Splits:
-        listing = self.listing or list_images(self.root)
+        listing = self.listing or self._list()
         entry = self._find(listing.digest, size)
         if entry is None:
             raise FileNotFoundError(
@@ -87,6 +87,9 @@ class ImageFolder(Source):
             )
         self._check(entry)
         return open_entry(entry)
+
+    def _list(self) -> Listing:
+        return list_images(self.root)
 
     def _entry(self, digest: str, size: int | None) -> Path:
         return self.cache / f"folder-{digest}-{size or 'native'}"
@@ -166,6 +169,21 @@ class ImageFolder(Source):
             )
 
 
+class EvalFolder(ImageFolder):
+    """Images to evaluate on alone: `root/test/<class>/*`, or `root/<class>/*`.
+
+    They stand for every split, because a data set has a train split.
+    """
+
+    def load(self, size: int) -> Splits:
+        splits = super().load(size)
+        return replace(splits, val=splits.train, test=splits.train)
+
+    def _list(self) -> Listing:
+        inner = "test" if (self.root / "test").is_dir() else "."
+        return list_images(self.root, {"train": (inner,)})
+
+
 @dataclass
 class Listing:
     """The files of a data set in a fixed order; `digest` covers names, sizes and mtimes."""
@@ -177,13 +195,17 @@ class Listing:
     digest: str = ""
 
 
-def list_images(root: Path) -> Listing:
-    """Walk the class folders; every complaint is one line that names the path."""
+def list_images(root: Path, folders: Mapping[str, Sequence[str]] = FOLDERS) -> Listing:
+    """Walk the class folders; every complaint is one line that names the path.
+
+    Args:
+        folders: the names that the folder of a split may have.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; data.root= says where the images are")
     listing = Listing()
     digest = hashlib.sha256(f"{FORMAT}\0{root.resolve()}\0".encode("utf-8", "surrogateescape"))
-    for split, names in FOLDERS.items():
+    for split, names in folders.items():
         present = [name for name in names if (root / name).is_dir()]
         if len(present) > 1:
             raise ValueError(f"{root}: both {' and '.join(present)}; which one is the val split?")
@@ -191,9 +213,10 @@ def list_images(root: Path) -> Listing:
             listing.folders[split] = present[0]
     if "train" not in listing.folders:
         raise ValueError(f"{root}: no train folder; expected {root}/train/<class>/<image>")
-    listing.classes = _class_names(root / "train")
+    train = root / listing.folders["train"]
+    listing.classes = _class_names(train)
     if len(listing.classes) == 1:
-        raise ValueError(f"{root}/train: only one class, {listing.classes[0]}; 2 are needed")
+        raise ValueError(f"{train}: only one class, {listing.classes[0]}; 2 are needed")
     for split, name in listing.folders.items():
         listing.images[split] = []
         for class_name in _class_names(root / name):

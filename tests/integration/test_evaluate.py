@@ -1,0 +1,260 @@
+"""`graft eval`: what a run says of its test split, from the run folder alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from graft.data.corruptions import CORRUPTIONS
+from graft.data.synthetic import Synthetic
+from tests.conftest import TINY, Graft, compose
+
+MORE = ["data.source.per_class=40", "data.source.test_per_class=13", "trainer.max_epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A fine-tuned run and a probe. Tests that change one work on a copy: see `run_of`."""
+    from graft.train import run
+
+    root = tmp_path_factory.mktemp("trained")
+    for name, plan in (("finetune", []), ("probe", ["transfer=linear_probe"])):
+        paths = [f"paths.logs={root / name}", f"paths.cache={root / 'cache'}"]
+        run(compose(*TINY, *MORE, *paths, *plan), [])
+    return {name: next((root / name).iterdir()) for name in ("finetune", "probe")}
+
+
+@pytest.fixture
+def tuned(trained: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the fine-tuned run."""
+    return shutil.copytree(trained["finetune"], tmp_path / "run")
+
+
+def evaluated(graft: Graft, run: Path, *arguments: str, name: str = "test") -> dict[str, Any]:
+    done = graft("eval", str(run), *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads((run / "eval" / f"{name}.json").read_text())
+
+
+def error(graft: Graft, run: Path, *arguments: str) -> str:
+    """The one line that `graft eval` ends with."""
+    done = graft("eval", str(run), *arguments)
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("graft: error: ")
+    return done.stderr.removeprefix("graft: error: ")
+
+
+def edit(run: Path, **groups: dict[str, Any]) -> None:
+    """Change the config that a run is found with."""
+    config = OmegaConf.merge(OmegaConf.load(run / "config.yaml"), groups)
+    OmegaConf.save(config, run / "config.yaml")
+
+
+def class_folders(root: Path, split: str = "test") -> Path:
+    """The test images of the runs here as files."""
+    found = getattr(Synthetic(classes=4, per_class=40, test_per_class=13).load(32), split)
+    for i, (pixels, label) in enumerate(zip(found.images, found.labels, strict=True)):
+        folder = root / f"class_{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("name", ["finetune", "probe"])
+def test_the_runs_own_test_split_gives_exactly_what_the_run_recorded(
+    graft: Graft, trained: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Whatever the size of a batch; the files hold what was computed."""
+    run = shutil.copytree(trained[name], tmp_path / "run")
+    recorded = json.loads((run / "run.json").read_text())["metrics"]
+    result = evaluated(graft, run)
+    assert result["metrics"]["acc"] == recorded["test/acc"]
+    assert result["metrics"]["nll"] == pytest.approx(recorded["test/loss"], abs=1e-6)
+    assert result["checkpoint"] == f"checkpoints/{name}/best.ckpt"
+    assert evaluated(graft, run, "--batch-size", "7")["metrics"] == pytest.approx(result["metrics"])
+    with np.load(run / "eval" / "test.npz") as file:
+        arrays = dict(file)
+    assert arrays["index"].tolist() == list(range(52))
+    assert (arrays["label"] == arrays["prediction"]).mean() == pytest.approx(recorded["test/acc"])
+    matrix = np.zeros((4, 4), dtype=int)
+    np.add.at(matrix, (arrays["label"], arrays["prediction"]), 1)
+    assert (matrix == result["confusion"]).all()
+    assert [row["images"] for row in result["per_class"].values()] == [13] * 4
+    low, high = result["intervals"]["acc"]
+    assert low <= recorded["test/acc"] <= high
+
+
+@pytest.mark.parametrize("inner", ["", "test"])
+def test_class_folders_of_the_same_images_give_the_same_accuracy(
+    graft: Graft, trained: dict[str, Path], tuned: Path, tmp_path: Path, inner: str
+) -> None:
+    images = tmp_path / "photos"
+    class_folders(images / inner)
+    if inner:
+        (images / "train" / "anything").mkdir(parents=True)  # is not looked at
+    own = evaluated(graft, tuned)
+    other = evaluated(graft, tuned, "--data", str(images), name="data_photos")
+    assert other["images"] == 52
+    assert other["metrics"] == pytest.approx(own["metrics"], abs=1e-6)
+    assert other["confusion"] == own["confusion"]
+
+
+def test_a_data_group_with_overrides_and_classes_in_another_order(
+    graft: Graft, tuned: Path, tmp_path: Path
+) -> None:
+    """Labels go by the names of classes, and a few training images are enough."""
+    own = evaluated(graft, tuned)
+    same = ["data.source.classes=4", "data.source.test_per_class=13", "data.source.per_class=3"]
+    other = evaluated(graft, tuned, "--data", "synthetic", *same, name="data_synthetic_4_13_3")
+    assert other["metrics"] == own["metrics"]
+    path = tuned / "checkpoints" / "finetune" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    order = [2, 0, 3, 1]  # a run that numbered its classes in another way
+    state = checkpoint["state_dict"]
+    for key in ("head.linear.weight", "head.linear.bias"):
+        state[key] = state[key][order]
+    checkpoint["graft"]["classes"] = [checkpoint["graft"]["classes"][i] for i in order]
+    torch.save(checkpoint, tmp_path / "shuffled.ckpt")
+    shuffled = evaluated(
+        graft, tuned, "--ckpt", str(tmp_path / "shuffled.ckpt"), name="test_shuffled"
+    )
+    assert shuffled["metrics"] == pytest.approx(own["metrics"])
+    assert [*shuffled["per_class"]] == checkpoint["graft"]["classes"]
+    assert shuffled["per_class"] == own["per_class"]
+
+
+def test_last_mirror_and_limit(graft: Graft, tuned: Path) -> None:
+    last = evaluated(graft, tuned, "--ckpt", "last", name="test_last")
+    assert last["checkpoint"] == "checkpoints/finetune/last.ckpt"
+    assert last["epoch"] == 2
+    own, mirrored = evaluated(graft, tuned), evaluated(graft, tuned, "--mirror", name="test_mirror")
+    assert mirrored["metrics"]["nll"] != own["metrics"]["nll"]
+    few = evaluated(graft, tuned, "--limit", "8", name="test_limit8")
+    assert few["images"] == 8
+    assert [row["images"] for row in few["per_class"].values()] == [2] * 4
+    whole, part = (dict(np.load(tuned / "eval" / f"{n}.npz")) for n in ("test", "test_limit8"))
+    assert (whole["prediction"][part["index"]] == part["prediction"]).all()
+
+
+def test_corruptions_are_a_table_that_gets_worse(graft: Graft, tuned: Path) -> None:
+    done = graft("eval", str(tuned), "--corruptions")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tuned / "eval" / "corruptions.json").read_text())
+    recorded = json.loads((tuned / "run.json").read_text())["metrics"]
+    assert result["metrics"]["acc"] == recorded["test/acc"]
+    assert [*result["corruptions"]] == [*CORRUPTIONS]
+    accuracies = [s["acc"] for severities in result["corruptions"].values() for s in severities]
+    assert len(accuracies) == 25
+    assert result["mean_acc"] == pytest.approx(np.mean(accuracies))
+    assert result["mean_acc"] < recorded["test/acc"]
+    for name in CORRUPTIONS:
+        assert name in done.stdout
+
+
+def test_a_run_of_several_gpus_is_evaluated_where_there_is_none(graft: Graft, tuned: Path) -> None:
+    own = evaluated(graft, tuned)
+    edit(
+        tuned,
+        trainer={
+            "accelerator": "gpu", "devices": 8, "num_nodes": 2, "strategy": "ddp",
+            "precision": "16-mixed", "compile": True, "limit_test_batches": 1,
+        },
+    )  # fmt: skip
+    assert evaluated(graft, tuned)["metrics"] == own["metrics"]
+
+
+def test_pretrained_weights_are_not_loaded_again(
+    graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint holds all; of the weights that a run names, only the preprocessing counts."""
+    net = ["backbone=squeezenet1_1", "data.image_size=48", "backbone.weights=null"]
+    tiny = [word for word in TINY if not word.startswith("backbone.")]
+    done = graft("train", *tiny, *net, "transfer=linear_probe", "data.source.per_class=4")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "logs").iterdir()
+    own = evaluated(graft, run)
+
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    for weights in ("IMAGENET1K_V1", str(tmp_path / "gone.pth")):
+        edit(run, backbone={"weights": weights})
+        assert evaluated(graft, run)["metrics"] == own["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["class_0", "class_1", "class_2"], "only the run has class_3\n"),
+        (["class_0", "class_1", "class_2", "frog"], "the run has class_3, only the data has frog"),
+    ],
+)
+def test_data_of_other_classes_says_which(
+    graft: Graft, tuned: Path, tmp_path: Path, names: list[str], message: str
+) -> None:
+    images = class_folders(tmp_path / "images")
+    for i, name in enumerate(names):
+        (images / f"class_{i}").rename(images / name)
+    for folder in images.iterdir():
+        if folder.name not in names:
+            shutil.rmtree(folder)
+    assert message in error(graft, tuned, "--data", str(images))
+
+
+def test_what_is_not_there_or_not_whole(graft: Graft, tuned: Path, tmp_path: Path) -> None:
+    assert "is no run folder" in error(graft, tmp_path / "nowhere")
+    assert "is no run folder" in error(graft, tuned / "checkpoints")
+    assert "neither a folder nor one of cifar10, digits" in error(graft, tuned, "--data", "cifr10")
+    wrong = error(graft, tuned, "--data", "synthetic", "data.source.clases=3")
+    assert wrong.startswith("no config key data.source.clases")
+    assert "no such file; or give best or last" in error(graft, tuned, "--ckpt", "worst")
+
+    best, last = ((tuned / "checkpoints" / "finetune" / f"{n}.ckpt") for n in ("best", "last"))
+    checkpoint = torch.load(best, weights_only=True)
+    del checkpoint["state_dict"]["head.linear.bias"]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    assert "1 missing (head.linear.bias)" in error(
+        graft, tuned, "--ckpt", str(tmp_path / "other.ckpt")
+    )
+    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    assert "does not name its classes" in error(
+        graft, tuned, "--ckpt", str(tmp_path / "plain.ckpt")
+    )
+    best.write_bytes(best.read_bytes()[:5000])
+    assert "best.ckpt is torn" in error(graft, tuned)
+    best.write_bytes(b"")
+    assert "best.ckpt is torn" in error(graft, tuned)
+
+    record = json.loads((tuned / "run.json").read_text())
+    best.unlink()
+    (tuned / "run.json").write_text(json.dumps({**record, "status": "preempted"}))
+    message = error(graft, tuned)
+    assert "(status preempted) has no checkpoints/finetune/best.ckpt" in message
+    assert f"--ckpt {last}" in message
+    (tuned / "run.json").write_text(json.dumps({**record, "format": 99}))
+    assert "written by a newer graft" in error(graft, tuned)
+    (tuned / "run.json").write_text("{")
+    assert "run.json is damaged" in error(graft, tuned)
+    assert not (tuned / "eval" / "test.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_is_evaluated_by_one_process(
+    graft: Graft, graft_process: Graft, tmp_path: Path
+) -> None:
+    done = graft_process("train", *TINY, "trainer=ddp_cpu", "data.batch_size=4")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "logs").iterdir()
+    recorded = json.loads((run / "run.json").read_text())["metrics"]
+    assert evaluated(graft, run)["metrics"]["acc"] == recorded["test/acc"]
