@@ -246,12 +246,13 @@ def left_out(comparison: Comparison) -> list[str]:
     """What the numbers of a table do not contain, a line each."""
     lines = []
     if comparison.left_out:
-        statuses = [run.status for run in comparison.left_out]
+        runs = sorted(comparison.left_out, key=lambda run: run.path)
+        statuses = [run.status for run in runs]
         counts = [f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)]
         lines.append(f"left out: {', '.join(counts)}")
         lines += [
             f"- {run.status}: {run.path}" + (f": {run.error}" if run.error else "")
-            for run in comparison.left_out[:LISTED]
+            for run in runs[:LISTED]
         ]
         if len(statuses) > LISTED:
             lines.append(f"- and {len(statuses) - LISTED} more: see --each")
