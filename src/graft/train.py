@@ -62,15 +62,13 @@ def run(
 
     Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
     """
-    from lightning.pytorch.utilities import rank_zero_only
-
     from graft import report
     from graft.runs.folder import RunFolder, run_name
 
     quiet_libraries()
     folder = None
     parent = parent or Path(config["paths"]["logs"])
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+    if is_first_process():
         name = run_name(experiment, overrides, config["seed"])
         folder = RunFolder.create(parent, name, config, overrides)
     started = time.perf_counter()
@@ -91,6 +89,13 @@ def run(
         folder.finish("done", metrics=metrics, seconds=round(seconds, 1))
         report.print_result(metrics, seconds, folder.path, parent)
     return metrics
+
+
+def is_first_process() -> bool:
+    """Of all nodes; before a Trainer exists, Lightning may know the rank within this node only."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return rank_zero_only.rank == 0 and int(os.environ.get("NODE_RANK", 0)) == 0  # type: ignore[attr-defined]
 
 
 def train(
