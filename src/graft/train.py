@@ -71,12 +71,10 @@ def run(
     Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
     """
     import_libraries()
-    from lightning.pytorch.utilities import rank_zero_only
-
     from graft.runs.folder import RunFolder, run_name
 
     folder = None
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+    if is_first_process():
         name = run_name((choices or {}).get("experiment"), overrides, config["seed"])
         parent = parent or Path(config["paths"]["logs"])
         folder = RunFolder.create(parent, name, config, overrides, choices)
@@ -127,6 +125,14 @@ def recorded(
         folder.finish("done", metrics=metrics, seconds=seconds())
         report.print_result(metrics, seconds(), folder.path, folder.path.parent)
     return metrics
+
+
+def is_first_process() -> bool:
+    """Of all nodes; before a Trainer exists, Lightning may know the rank within this node only."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    return rank == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
 
 def import_libraries() -> None:

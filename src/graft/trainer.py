@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
     """Resolve `auto` to a device and a precision.
 
     Raises:
-        ValueError: a device that is not there, or a precision this device is slow at.
+        ValueError: a device that is not there, a precision this device is slow at, or processes
+            that were started for one device.
     """
     ours = ("max_epochs", "compile", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
     options = {k: v for k, v in config.items() if k not in ours}
@@ -33,6 +35,14 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
         options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
     if options["accelerator"] == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer: no GPU found by torch; use trainer=cpu or trainer=auto")
+    if options["strategy"] == "auto" and (options["devices"] != 1 or options["num_nodes"] != 1):
+        options["strategy"] = "ddp"  # ours: see make_trainer
+    if options["strategy"] == "auto" and (count := started_processes()) > 1:
+        raise ValueError(
+            f"{count} processes were started for trainer.devices=1, and none would know of the "
+            "others: set trainer=ddp (or ddp_cpu), trainer.devices to the processes of a node and "
+            "trainer.num_nodes"
+        )
     on_cpu = options["accelerator"] == "cpu"
     precision = str(options["precision"])
     if precision == "auto":
@@ -52,6 +62,13 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
         )
     options["precision"] = precision
     return options
+
+
+def started_processes() -> int:
+    """How many processes torchrun or srun started for this run; 1 without either."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # SLURM_NTASKS may count the whole job's
 
 
 def bf16_slowdown() -> float:

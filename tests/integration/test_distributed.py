@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +20,7 @@ from tests.conftest import TINY, Graft, compose, same
 from tests.rank_states import State, read_states
 
 ROOT = Path(__file__).parents[2]
+Launch = Callable[[list[str], Path], "list[subprocess.Popen[str]]"]
 
 # A normalisation over the batch would see half of it on each rank: BatchNorm of what learns is
 # frozen. The probe trains from stored features, the stage after it from images.
@@ -142,3 +147,61 @@ def test_a_solved_head_on_two_ranks_is_that_on_one(
     assert metrics2 == pytest.approx(metrics, abs=1e-5)
     for key, value in state.items():
         assert torch.allclose(value.float(), state2[key].float(), atol=1e-5), key
+
+
+def torchrun(command: list[str], folder: Path) -> list[subprocess.Popen[str]]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [start([*launcher, *command], folder)]
+
+
+def slurm(command: list[str], folder: Path) -> list[subprocess.Popen[str]]:
+    """What `srun --ntasks-per-node=2` gives its two processes, on one node."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    variables = {
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "graft", "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NNODES": "1", "SLURM_NODEID": "0", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    return [
+        start(command, folder, **variables, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+        for rank in range(2)
+    ]
+
+
+def start(command: list[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [torchrun, slurm], ids=["torchrun", "slurm"])
+def test_processes_started_by_others_share_a_run_and_stay_equal(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    overrides = [
+        "trainer=ddp_cpu", "transfer=linear_probe", "optimizer.lr=0.1", "data.batch_size=4",
+        "+transfer.stages.finetune={trainable:all,epochs:1}",
+        "+callbacks.states._target_=tests.rank_states.WriteStates",
+        f"+callbacks.states.folder={tmp_path / 'states'}",
+    ]  # fmt: skip
+    processes = launch(["-m", "graft", "train", *TINY, *overrides], tmp_path)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+    assert "".join(outputs).count("test/acc") == 1  # the others are silent
+    for stage in ("probe", "finetune"):
+        starts, ends = (read_states(tmp_path / "states", stage, m) for m in ("start", "end"))
+        assert len(ends) == 2
+        assert same(*ends)
+        assert not same(starts[0], ends[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "cache", "states"}

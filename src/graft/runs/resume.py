@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.config import CONFIGS, check, leaves
 from graft.runs.folder import RunFolder
-from graft.train import entry, recorded
+from graft.train import entry, is_first_process, recorded
 
 if TYPE_CHECKING:
     from graft.transfer.stages import Resumed
@@ -45,10 +45,9 @@ def main() -> None:
     folder = RunFolder.open(arguments.run)
     if is_done(folder):
         return
-    from lightning.pytorch.utilities import rank_zero_only
 
     # What Lightning starts as further ranks of this command reads what the first one has written.
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    first = is_first_process()
     with folder.locked() if first else nullcontext():
         if first:
             folder = RunFolder.open(arguments.run)

@@ -1,0 +1,53 @@
+"""What `trainer=` resolves to, and who writes where several processes run."""
+
+from __future__ import annotations
+
+import pytest
+from lightning.pytorch.utilities import rank_zero_only
+
+from graft.train import is_first_process
+from graft.trainer import trainer_options
+from tests.conftest import compose
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
+SRUN = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
+def test_processes_started_for_one_device_are_an_error(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train alone, and only the first would write anything."""
+    set_all(monkeypatch, variables)
+    with pytest.raises(ValueError, match=r"2 processes were started for trainer\.devices=1"):
+        trainer_options(compose("trainer=cpu")["trainer"])
+    assert trainer_options(compose("trainer=ddp_cpu")["trainer"])["strategy"] == "ddp"
+
+
+def test_one_process_of_a_larger_slurm_job_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun --ntasks=1` within a job of eight."""
+    set_all(monkeypatch, {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"})
+    assert trainer_options(compose("trainer=cpu")["trainer"])["strategy"] == "auto"
+
+
+@pytest.mark.parametrize("override", ["trainer.devices=2", "trainer.num_nodes=2"])
+def test_several_devices_are_ddp_as_we_set_it_up(override: str) -> None:
+    """Lightning's own choice would broadcast buffers in evaluation too, where ranks may hang."""
+    assert trainer_options(compose("trainer=cpu", override)["trainer"])["strategy"] == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("rank", "node", "first"), [(0, None, True), (0, "0", True), (0, "1", False), (1, "0", False)]
+)
+def test_the_first_process_of_all_nodes_makes_the_run_folder(
+    rank: int, node: str | None, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    if node is not None:
+        monkeypatch.setenv("NODE_RANK", node)
+    assert is_first_process() is first
