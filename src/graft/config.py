@@ -109,6 +109,7 @@ CHECKS: dict[str, Check] = {
         "true, false, default, reduce-overhead or max-autotune",
         lambda v: isinstance(v, bool) or v in ("default", "reduce-overhead", "max-autotune"),
     ),
+    "trainer.sync_batchnorm": BOOL,
     "trainer.gradient_clip_val": _or_null(POSITIVE),
     "trainer.accumulate_grad_batches": POSITIVE_INT,
     "trainer.num_nodes": POSITIVE_INT,

@@ -20,6 +20,7 @@ from graft.report import EpochLines
 from graft.signals import StopSignals
 from graft.transfer.checkpoint import AtomicCheckpointIO
 from graft.transfer.stages import Stage
+from graft.transfer.sync_norm import SyncBatchNorms
 
 
 def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +45,10 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
             "trainer.num_nodes"
         )
     on_cpu = options["accelerator"] == "cpu"
+    if on_cpu and options["sync_batchnorm"]:
+        raise ValueError(
+            "trainer.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm trains on nothing else"
+        )
     precision = str(options["precision"])
     if precision == "auto":
         fast = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -121,9 +126,12 @@ def make_trainer(
         # Buffers: see TransferModule.sync_batch_norms.
         strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
         options = {**options, "strategy": strategy}
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if options["sync_batchnorm"]:
+        plugins.append(SyncBatchNorms())
     trainer = L.Trainer(
-        **options,
-        plugins=[AtomicCheckpointIO()],
+        **{**options, "sync_batchnorm": False},
+        plugins=plugins,
         max_epochs=stage.epochs,
         callbacks=chosen,
         logger=loggers or False,
