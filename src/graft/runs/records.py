@@ -138,7 +138,7 @@ def read_run(path: Path) -> Run:
 
 def _config_file(path: Path) -> dict[str, Any]:
     """Of runs whose record has no copy of it."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         return yaml.load((path / "config.yaml").read_bytes(), yaml.CSafeLoader) or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 class Summary(Callback):
     """Hydra tells it of jobs where they run, and of the end of the sweep where it was started."""
 
-    def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             summarise(Path(config.hydra.sweep.dir))
 
@@ -34,7 +35,7 @@ def summarise(sweep: Path) -> str:
     from graft.runs.records import read_run, run_folders
     from graft.runs.tables import group_table, left_out, pivot_tables, run_table
 
-    runs = [read_run(path) for path in run_folders(sweep)]
+    runs = [read_run(path) for path in sorted(run_folders(sweep))]
     if not runs:
         return ""
     comparison = grouped(runs)
@@ -47,9 +48,9 @@ def summarise(sweep: Path) -> str:
     table = group_table(comparison, metrics)
     write_atomically(sweep / "summary.md", table.markdown())
     tables, written = [table], "summary.md, summary.csv"
-    levels = [len(comparison.levels(key)) for key in comparison.columns]
-    if len(levels) == 2 and min(levels) > 1:
-        tables = pivot_tables(comparison, *comparison.columns, metrics[:1])
+    if len(comparison.columns) == 2:
+        down, across = comparison.columns
+        tables = pivot_tables(comparison, down, across, metrics[:1])
         text = "\n".join(table.markdown() for table in tables)
         write_atomically(sweep / "table.md", text)
         write_atomically(sweep / "table.csv", table.csv())

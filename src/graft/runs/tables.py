@@ -1,16 +1,14 @@
-"""Comparisons as tables: for a terminal, as Markdown, as CSV."""
+"""What `graft compare` shows: groups of seeds, single runs, one key by another."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from graft.runs.groups import ABSENT, Comparison, Group
 from graft.runs.records import Run
 from graft.runs.statistics import Summary, paired
+from graft.runs.table import Column, Table
 
 COSTS = {
     "fit_seconds": "fit s",  # of the stages
@@ -19,62 +17,6 @@ COSTS = {
     "gpu_memory_mb": "GPU MB",
 }
 LISTED = 20  # runs left out that are named
-
-
-@dataclass
-class Column:
-    """`texts` for people; for CSV, plain numbers under each of `names`."""
-
-    heading: str
-    names: Sequence[str] = ()
-    texts: list[str] = field(default_factory=list)
-    numbers: list[Sequence[Any]] = field(default_factory=list)
-
-    def add(self, text: str, *numbers: Any) -> None:
-        self.texts.append(text)
-        self.numbers.append(numbers or [""] * len(self.names))
-
-    @property
-    def numeric(self) -> bool:
-        return all(text[:1].isdigit() or text[:1] in "[+-<" for text in self.texts)
-
-
-@dataclass
-class Table:
-    columns: Sequence[Column]
-    title: str = ""
-    notes: Sequence[str] = ()
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [*zip(*([c.heading, *c.texts] for c in self.columns), strict=True)]
-
-    def plain(self) -> str:
-        widths = [max(map(len, [c.heading, *c.texts])) for c in self.columns]
-        lines = []
-        for row in self._rows():
-            aligned = [
-                cell.rjust(width) if column.numeric else cell.ljust(width)
-                for cell, width, column in zip(row, widths, self.columns, strict=True)
-            ]
-            lines.append("  ".join(aligned).rstrip())
-        return "\n".join([*([self.title] if self.title else []), *lines, *self.notes]) + "\n"
-
-    def markdown(self) -> str:
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in self._rows()]
-        if rows:
-            rows.insert(1, ["---:" if column.numeric else "---" for column in self.columns])
-        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return "\n\n".join(p for p in (self.title, lines, "\n".join(self.notes)) if p) + "\n"
-
-    def csv(self) -> str:
-        columns = [c for c in self.columns if c.names]
-        out = io.StringIO()
-        write = csv.writer(out, lineterminator="\n").writerow
-        write([name for column in columns for name in column.names])
-        for row in zip(*(column.numbers for column in columns), strict=True):
-            numbers = [number for cell in row for number in cell]
-            write([f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in numbers])
-        return out.getvalue()
 
 
 def percent(name: str) -> bool:
@@ -86,12 +28,14 @@ def heading(name: str) -> str:
 
 
 def shown(name: str, value: float | None) -> str:
-    """An accuracy in percent, whole megabytes, other numbers with four digits."""
+    """An accuracy in percent, tenths of seconds, whole megabytes; other numbers in four digits."""
     if value is None:
         return ABSENT
     if percent(name):
         return f"{100 * value:.2f}"
-    return f"{value:.0f}" if name.endswith("_mb") or value >= 1000 else f"{value:.4g}"
+    if name in COSTS:
+        return f"{value:.1f}" if name.endswith("seconds") else f"{value:.0f}"
+    return f"{value:.4g}"
 
 
 def spread(name: str, summary: Summary | None, n: int) -> str:
@@ -139,7 +83,7 @@ def group_table(
             for group in groups:
                 columns[-1].add(shown(name, cost(name, group)), cost(name, group))
     if comparison.along:
-        notes.append(f"{len(comparison.along)} more keys differ along with these: see --keys")
+        notes.append(f"keys that differ along with these: {len(comparison.along)}, see --keys")
     return Table(columns, notes=[*notes, *left_out(comparison)])
 
 
@@ -220,7 +164,7 @@ def pivot_tables(
 
     over = f"mean ± standard deviation over {n} seeds" if n > 1 else "one seed"
     tables = [
-        table(f"{heading(m)}: {over}", lambda g, m=m: spread(m, g.summary(m), n)) for m in metrics
+        table(f"{heading(metric)}: {over}", partial(_spread_of, metric, n)) for metric in metrics
     ]
     if recorded:
         title = f"{', '.join(map(heading, recorded))}: mean time of the fits, largest memory"
@@ -229,12 +173,17 @@ def pivot_tables(
     return tables
 
 
+def _spread_of(metric: str, n: int, group: Group) -> str:
+    return spread(metric, group.summary(metric), n)
+
+
 def _level_name(key: str, level: str, groups: Iterable[Group]) -> str:
     """A subset of the labels is named by its size too."""
     sizes = {group.values.get("train_images", ABSENT) for group in groups}
-    if key not in ("data.train_fraction", "data.shots_per_class") or len(sizes) != 1:
+    size = sizes.pop() if len(sizes) == 1 else ABSENT
+    if key not in ("data.train_fraction", "data.shots_per_class") or not size.isdigit():
         return level
-    return f"{level} ({sizes.pop()} images)"
+    return f"{level} ({int(size):,} images)"
 
 
 def left_out(comparison: Comparison) -> list[str]:
