@@ -80,6 +80,7 @@ CHECKS: dict[str, Check] = {
     "data.split_seed": NATURAL,
     "data.train_fraction": PART,
     "data.shots_per_class": _or_null(POSITIVE_INT),
+    "data.epoch_images": _or_null(POSITIVE_INT),
     "data.drop_last": BOOL,
     "data.reshuffle": BOOL,
     "data.num_workers": NATURAL,

@@ -49,9 +49,10 @@ def test_every_experiment_runs_a_batch(
 ) -> None:
     """On small images in CIFAR-10's folder layout, with a small backbone from random weights."""
     overrides = [f"experiment={name}", "debug=fdr", "trainer=cpu", "data.batch_size=4"]
-    if "cifar10" in name:
+    overrides.append("hydra.mode=RUN")  # of a sweep, one job
+    if "cifar10" in name or name == "compare_transfer":
         overrides += [f"data.root={image_folders}", "data.val_fraction=0.1"]
-    if name.startswith("cifar10"):
+    if name.startswith(("cifar10", "compare")):
         overrides += ["backbone=squeezenet1_1", "backbone.weights=null", "data.image_size=32"]
     if transfer:
         overrides.append(f"transfer={transfer}")

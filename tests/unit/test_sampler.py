@@ -55,3 +55,32 @@ def test_length_is_what_iteration_yields() -> None:
         for drop_last in (False, True):
             sampler = BatchOrder(size, 4, shuffle=True, drop_last=drop_last)
             assert len(sampler) == len(list(sampler)) == (size // 4 if drop_last else -(-size // 4))
+
+
+def test_an_epoch_longer_than_the_data_goes_through_it_again() -> None:
+    """Each image as often as any other, and a repeat is another draw to augmentation."""
+    (long,) = order(size=4, batch_size=12, shuffle=True, epoch_size=12)
+    assert sorted(long) == list(range(12))
+    for i in range(3):
+        assert sorted(position % 4 for position in long[4 * i : 4 * i + 4]) == [0, 1, 2, 3]
+
+
+def test_epochs_shorter_than_the_data_are_parts_of_it() -> None:
+    """Ten images in epochs of four: the third finishes the first round and starts the second."""
+    epochs = [
+        list(chain(*order(size=10, batch_size=2, shuffle=True, epoch_size=4, epoch=lambda e=e: e)))
+        for e in range(5)
+    ]
+    row = [position % 10 for position in chain(*epochs)]
+    assert sorted(row[:10]) == sorted(row[10:]) == list(range(10))
+    assert row[:10] != row[10:]
+    assert {len(epoch) for epoch in epochs} == {4}
+    (whole,) = order(size=10, batch_size=10, shuffle=True)
+    assert row[:10] == whole  # the same rounds, cut elsewhere
+
+
+def test_two_ranks_share_a_longer_epoch_as_one_process_does() -> None:
+    kwargs = {"size": 5, "shuffle": True, "epoch_size": 16, "drop_last": True}
+    single = order(batch_size=8, **kwargs)
+    ranks = [order(batch_size=4, rank=r, world_size=2, **kwargs) for r in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(b) for b in single]

@@ -194,6 +194,27 @@ def test_splits_are_disjoint_and_do_not_move_with_the_seed() -> None:
     assert len(rows(data("data.train_fraction=0.5"))["train"]) == 4 * 6
 
 
+@pytest.mark.parametrize("stored", ["off", "on"])
+def test_epochs_of_a_number_of_images_repeat_a_subset_with_fresh_augmentation(
+    train_tiny: Train, stored: str
+) -> None:
+    """8 images, 40 an epoch: the steps of 40 images; labels stay with their images."""
+    datamodule = data("data.shots_per_class=2", "data.epoch_images=40", "data.augment.flip=0")
+    few = datamodule.splits["train"]
+    batch, again = few[[3, 11]], few[[11]]
+    assert torch.equal(batch["image"][0], batch["image"][1])
+    assert batch["label"][0] == batch["label"][1]
+    augmented = datamodule.transform(dict(batch), augment=True)["image"]
+    assert not torch.equal(augmented[0], augmented[1])
+    assert torch.equal(augmented[1], datamodule.transform(dict(again), augment=True)["image"][0])
+    run = train_tiny(
+        "transfer=linear_probe", f"transfer.stages.probe.cache={stored}", "data.shots_per_class=2",
+        "data.epoch_images=40", "trainer.max_epochs=3",
+    )  # fmt: skip
+    checkpoint = run.folder / "checkpoints" / "probe" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3 * 40 // 8
+
+
 def test_fitting_never_looks_at_the_test_split(train_tiny: Train, monkeypatch: Any) -> None:
     """Rule 6: the test split is opened after the last stage has ended, and not before."""
     events: list[str] = []

@@ -52,6 +52,9 @@ class TransferDataModule(L.LightningDataModule):
             the run's seed. Likewise `test_fraction` where there is no test split.
         train_fraction: keeps this part of the remaining training images, stratified.
         shots_per_class: keeps this many training images of each class.
+        epoch_images: how many training images make an epoch, in place of each once: few labels are
+            gone through several times, many in parts. So runs on different numbers of labels train
+            equally long.
         seed: the run's seed: order of the data and augmentation.
         drop_last: leave out a smaller last training batch (the next epoch draws anew).
         reshuffle: draw the order of the training images anew in every epoch.
@@ -75,6 +78,7 @@ class TransferDataModule(L.LightningDataModule):
         split_seed: int = 0,
         train_fraction: float = 1.0,
         shots_per_class: int | None = None,
+        epoch_images: int | None = None,
         drop_last: bool = True,
         reshuffle: bool = True,
         num_workers: int = 0,
@@ -107,6 +111,7 @@ class TransferDataModule(L.LightningDataModule):
         self.split_seed = split_seed
         self.train_fraction = train_fraction
         self.shots_per_class = shots_per_class
+        self.epoch_images = epoch_images
         self.drop_last = drop_last
         self.reshuffle = reshuffle
         self.num_workers = num_workers
@@ -153,10 +158,11 @@ class TransferDataModule(L.LightningDataModule):
             keep = keep[draw_shots(labels[keep], self.shots_per_class, self.split_seed)]
         elif self.train_fraction != 1.0:
             keep = keep[stratified_fraction(labels[keep], self.train_fraction, self.split_seed)]
-        if self.batch_size > len(keep):
+        if self.batch_size > (self.epoch_images or len(keep)):
             raise ValueError(
-                f"data.batch_size={self.batch_size} is larger than the {len(keep)} training "
-                f"images: set data.batch_size to {len(keep)} or less"
+                f"data.batch_size={self.batch_size} is larger than the "
+                f"{self.epoch_images or len(keep)} training images of an epoch: set "
+                f"data.batch_size to {self.epoch_images or len(keep)} or less"
             )
         self.splits = {"train": ImageDataset(loaded.train, keep), **held_out}
 
@@ -200,6 +206,7 @@ class TransferDataModule(L.LightningDataModule):
             len(self.splits[split]),
             self.batch_size if train else self.eval_batch_size,
             shuffle=train,
+            epoch_size=self.epoch_images if train else None,
             drop_last=train and self.drop_last,
             seed=self.stage_seed,
             epoch=self._epoch if self.reshuffle else lambda: 0,
@@ -210,7 +217,7 @@ class TransferDataModule(L.LightningDataModule):
         if train and len(batches) == 0:
             raise ValueError(
                 f"data.batch_size={self.batch_size} on {batches.world_size} processes is larger "
-                f"than the {batches.size} training images"
+                f"than the {batches.epoch_size} training images"
             )
         if not train and len(self.splits[split]) < batches.world_size:
             raise ValueError(

@@ -29,6 +29,8 @@ def drawn_view(count: int, index: Tensor, *, seed: int, epoch: int) -> Tensor:
 class ImageDataset(Dataset[Batch]):
     """Chosen rows of a split, a batch by one indexing call: `dataset[list of positions]`.
 
+    Positions count on past the end, as `BatchOrder` uses them; "index" holds them as they came.
+
     Rows are looked up, not copied out: a subset of memory-mapped images stays on disk.
     """
 
@@ -41,9 +43,10 @@ class ImageDataset(Dataset[Batch]):
         return len(self.rows)
 
     def __getitem__(self, positions: list[int]) -> Batch:
+        at = np.asarray(positions) % len(self)
         return {
-            "image": torch.from_numpy(np.asarray(self.images[self.rows[positions]])),
-            "label": torch.from_numpy(self.labels[positions]),
+            "image": torch.from_numpy(np.asarray(self.images[self.rows[at]])),
+            "label": torch.from_numpy(self.labels[at]),
             "index": torch.as_tensor(positions),
         }
 
@@ -65,8 +68,8 @@ class FeatureDataset(Dataset[Batch]):
 
     def __getitem__(self, positions: list[int]) -> Batch:
         index = torch.as_tensor(positions)
-        rows = index
+        rows = at = index % len(self)
         if (views := self.features.views) > 1:
             view = drawn_view(views, index, seed=self.seed, epoch=self.epoch())
-            rows = index * views + view
-        return {"features": self.features[rows], "label": self.labels[index], "index": index}
+            rows = at * views + view
+        return {"features": self.features[rows], "label": self.labels[at], "index": index}

@@ -31,7 +31,8 @@ class ResidentDataset(Dataset["Batch"]):
 
     def __getitem__(self, positions: list[int]) -> Batch:
         index = torch.tensor(positions, device=self.labels.device)
-        return {"image": self.images[index], "label": self.labels[index], "index": index}
+        at = index % len(self)
+        return {"image": self.images[at], "label": self.labels[at], "index": index}
 
 
 def resides(mode: str, dataset: ImageDataset, device: torch.device) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 
@@ -14,6 +15,10 @@ class BatchOrder(Sampler[list[int]]):
     Training (`shuffle=True`): every epoch is a permutation drawn from (seed, epoch) alone. Batch i
     of all ranks together is what batch i of a single process with `world_size` times the batch
     size would be. Ranks get equally many batches, the remainder is left to the next epoch's draw.
+
+    An epoch may also be longer or shorter than the data (`epoch_size`): it is then the next so many
+    of an endless row of such permutations. Where it comes back to an example, the position has
+    `size` added once more: the same image, and to augmentation a draw of its own.
 
     Evaluation: each example belongs to exactly one rank; nothing is padded, so that metrics over
     all ranks are exact (padding counts examples twice).
@@ -29,6 +34,7 @@ class BatchOrder(Sampler[list[int]]):
         batch_size: int,
         *,
         shuffle: bool = False,
+        epoch_size: int | None = None,
         drop_last: bool = False,
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
@@ -39,6 +45,7 @@ class BatchOrder(Sampler[list[int]]):
         self.size = size
         self.batch_size = batch_size
         self.shuffle = shuffle
+        self.epoch_size = size if epoch_size is None else epoch_size
         self.drop_last = drop_last
         self.seed = seed
         self.epoch = epoch
@@ -52,14 +59,24 @@ class BatchOrder(Sampler[list[int]]):
 
     def _share(self) -> int:
         if self.shuffle:
-            return self.size // self.world_size
+            return self.epoch_size // self.world_size
         return len(range(self.rank, self.size, self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.arange(self.size)
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch()]).permutation(self.size)
+            order = self._drawn(self.epoch() * self.epoch_size)
         mine = order[self.rank :: self.world_size][: self._share()]
         size = self.batch_size
         # Not `yield` in here: that would ask for the place at the first batch, not now.
         return (mine[i * size : (i + 1) * size].tolist() for i in range(self.first(), len(self)))
+
+    def _drawn(self, start: int) -> NDArray[np.int64]:
+        """An epoch of the endless row, from `start` on."""
+        first, skipped = divmod(start, self.size)
+        passes = range(-(-(skipped + self.epoch_size) // self.size))
+        rows = [
+            np.random.default_rng([self.seed, first + i]).permutation(self.size) + i * self.size
+            for i in passes
+        ]
+        return np.concatenate(rows)[skipped : skipped + self.epoch_size]

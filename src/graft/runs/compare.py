@@ -12,9 +12,9 @@ from pathlib import Path
 
 from graft.runs.groups import ABSENT, Comparison, grouped
 from graft.runs.records import Run, find_runs, known, text
+from graft.runs.table import Table
 from graft.runs.tables import (
     COSTS,
-    Table,
     cost,
     group_table,
     key_table,
@@ -113,10 +113,10 @@ def metric_names(comparison: Comparison, asked: Sequence[str] = ()) -> list[str]
     there = comparison.metrics()
     if asked:
         return [known(name, [*there, *COSTS], "metric") for name in asked]
-    usual: list[str] = [name for name in ("test/acc", "val/acc") if name in there]
+    usual = [name for name in there if name in ("test/acc", "val/acc")]
     if not there:
         raise ValueError("these runs have no metrics")
-    return usual or there[:2]
+    return sorted(usual) or there[:2]
 
 
 def _condition(option: str, condition: str, keys: Sequence[str]) -> tuple[str, list[str]]:

@@ -35,7 +35,7 @@ def summarise(sweep: Path) -> str:
     from graft.runs.records import read_run, run_folders
     from graft.runs.tables import group_table, left_out, pivot_tables, run_table
 
-    runs = [read_run(path) for path in run_folders(sweep)]
+    runs = [read_run(path) for path in sorted(run_folders(sweep))]
     if not runs:
         return ""
     comparison = grouped(runs)
@@ -48,8 +48,7 @@ def summarise(sweep: Path) -> str:
     table = group_table(comparison, metrics)
     write_atomically(sweep / "summary.md", table.markdown())
     tables, written = [table], "summary.md, summary.csv"
-    levels = [len(comparison.levels(key)) for key in comparison.columns]
-    if len(levels) == 2 and min(levels) > 1:
+    if len(comparison.columns) == 2:
         down, across = comparison.columns
         tables = pivot_tables(comparison, down, across, metrics[:1])
         text = "\n".join(table.markdown() for table in tables)

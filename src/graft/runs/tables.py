@@ -1,16 +1,14 @@
-"""Comparisons as tables: for a terminal, as Markdown, as CSV."""
+"""What `graft compare` shows: groups of seeds, single runs, one key by another."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from graft.runs.groups import ABSENT, Comparison, Group
 from graft.runs.records import Run
 from graft.runs.statistics import Summary, paired
+from graft.runs.table import Column, Table
 
 COSTS = {
     "fit_seconds": "fit s",  # of the stages
@@ -19,62 +17,6 @@ COSTS = {
     "gpu_memory_mb": "GPU MB",
 }
 LISTED = 20  # runs left out that are named
-
-
-@dataclass
-class Column:
-    """`texts` for people; for CSV, plain numbers under each of `names`."""
-
-    heading: str
-    names: Sequence[str] = ()
-    texts: list[str] = field(default_factory=list)
-    numbers: list[Sequence[Any]] = field(default_factory=list)
-
-    def add(self, text: str, *numbers: Any) -> None:
-        self.texts.append(text)
-        self.numbers.append(numbers or [""] * len(self.names))
-
-    @property
-    def numeric(self) -> bool:
-        return all(text[:1].isdigit() or text[:1] in "[+-<" for text in self.texts)
-
-
-@dataclass
-class Table:
-    columns: Sequence[Column]
-    title: str = ""
-    notes: Sequence[str] = ()
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [*zip(*([c.heading, *c.texts] for c in self.columns), strict=True)]
-
-    def plain(self) -> str:
-        widths = [max(map(len, [c.heading, *c.texts])) for c in self.columns]
-        lines = []
-        for row in self._rows():
-            aligned = [
-                cell.rjust(width) if column.numeric else cell.ljust(width)
-                for cell, width, column in zip(row, widths, self.columns, strict=True)
-            ]
-            lines.append("  ".join(aligned).rstrip())
-        return "\n".join([*([self.title] if self.title else []), *lines, *self.notes]) + "\n"
-
-    def markdown(self) -> str:
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in self._rows()]
-        if rows:
-            rows.insert(1, ["---:" if column.numeric else "---" for column in self.columns])
-        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return "\n\n".join(p for p in (self.title, lines, "\n".join(self.notes)) if p) + "\n"
-
-    def csv(self) -> str:
-        columns = [c for c in self.columns if c.names]
-        out = io.StringIO()
-        write = csv.writer(out, lineterminator="\n").writerow
-        write([name for column in columns for name in column.names])
-        for row in zip(*(column.numbers for column in columns), strict=True):
-            numbers = [number for cell in row for number in cell]
-            write([f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in numbers])
-        return out.getvalue()
 
 
 def percent(name: str) -> bool:
@@ -221,16 +163,18 @@ def pivot_tables(
         return Table(columns, title)
 
     over = f"mean ± standard deviation over {n} seeds" if n > 1 else "one seed"
-
-    def metric_table(metric: str) -> Table:
-        return table(f"{heading(metric)}: {over}", lambda g: spread(metric, g.summary(metric), n))
-
-    tables = [metric_table(metric) for metric in metrics]
+    tables = [
+        table(f"{heading(metric)}: {over}", partial(_spread_of, metric, n)) for metric in metrics
+    ]
     if recorded:
         title = f"{', '.join(map(heading, recorded))}: mean time of the fits, largest memory"
         tables.append(table(title, lambda g: ", ".join(shown(c, cost(c, g)) for c in recorded)))
     tables[-1].notes = left_out(comparison)
     return tables
+
+
+def _spread_of(metric: str, n: int, group: Group) -> str:
+    return spread(metric, group.summary(metric), n)
 
 
 def _level_name(key: str, level: str, groups: Iterable[Group]) -> str:
