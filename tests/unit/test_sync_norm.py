@@ -16,15 +16,21 @@ from torch import nn
 from graft.backbones.base import Backbone
 from graft.backbones.resnet_cifar import resnet_cifar
 from graft.trainer import make_trainer, trainer_options
-from graft.transfer.freeze import NormPolicy, batch_norms, freeze_for_stage, set_modes
+from graft.transfer.freeze import (
+    NormPolicy,
+    batch_norms,
+    freeze_for_stage,
+    learning_parameters,
+    set_modes,
+)
 from graft.transfer.sync_norm import SyncBatchNorms
 from tests.conftest import compose, same
 
 
 def backbone_in(norm: NormPolicy) -> Backbone:
     backbone = resnet_cifar(depth=8, width=4, weights=None).train()
-    freeze_for_stage(backbone, ["stage2_1", "stage3_1"], norm)
-    set_modes(backbone, ["stage2_1", "stage3_1"], norm)
+    names = learning_parameters(backbone, ["stage2_1", "stage3_1"])
+    set_modes(backbone, freeze_for_stage(backbone, names, norm), norm)
     return backbone
 
 

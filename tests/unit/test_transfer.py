@@ -188,7 +188,7 @@ def test_weight_decay_moves_weights_alone(backbone: Backbone) -> None:
     torch.nn.init.ones_(head.linear.bias)
     groups = param_groups(backbone, head, lr=0.1, weight_decay=0.5)
     optimizer = torch.optim.AdamW(groups)
-    freeze_for_stage(backbone, ["stage2_1", "stage3_1"], "train")
+    freeze_for_stage(backbone, learning_parameters(backbone, ["stage2_1", "stage3_1"]), "train")
     before = {n: p.detach().clone() for n, p in backbone.named_parameters()}
     for p in [*backbone.parameters(), *head.parameters()]:
         p.grad = torch.zeros_like(p) if p.requires_grad else None

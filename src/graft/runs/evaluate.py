@@ -125,7 +125,9 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     datamodule = evaluator.datamodule
     datamodule.eval_batch_size = settings.batch_size or datamodule.eval_batch_size
     test, positions = evaluator.test_images(settings.limit)
-    stage, epoch = checkpoint["graft"]["stage"], checkpoint["epoch"] + 1
+    stage = checkpoint["graft"]["stage"]
+    # Not its "epoch", which counts differently within an epoch and at its end; 0 of a solver.
+    epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]["started"]
     device = describe_device(evaluator.options)
     where = settings.data[0] if settings.data else "the run's own test split"
     report.say(f"run       {run}" + (f" (status {status})" if status != "done" else ""))
