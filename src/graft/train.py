@@ -137,7 +137,7 @@ def is_first_process() -> bool:
 
 def import_libraries() -> None:
     """What every run imports, a fifth faster: the garbage collector would go through the modules
-    again and again while they load. Nothing of them is garbage, so it is told to leave them be.
+    again and again while they load, and nothing of them is garbage.
     """
     if "torch" in sys.modules:
         return
@@ -145,7 +145,6 @@ def import_libraries() -> None:
     try:
         from graft import build, report, trainer  # noqa: F401
     finally:
-        gc.freeze()
         gc.enable()
 
 

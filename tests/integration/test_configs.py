@@ -123,3 +123,9 @@ def test_output_to_a_file_is_one_line_per_epoch(graft: Graft) -> None:
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
     assert "\r" not in done.stdout
     assert done.stderr == ""
+
+
+def test_a_process_ends_without_a_word_on_stderr(graft_process: Graft) -> None:
+    """What libraries say as the interpreter shuts down is seen in a process of its own alone."""
+    done = graft_process("train", *TINY)
+    assert (done.returncode, done.stderr) == (0, "")

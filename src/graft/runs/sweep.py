@@ -25,9 +25,9 @@ class Summary(Callback):
 def summarise(sweep: Path) -> str:
     """Write the tables of a sweep's folder; returns what to show of them.
 
-    `summary.csv` has a row for each run, `summary.md` one for each group of seeds. Where exactly
-    two keys were swept, `table.md` has one down and the other across; `table.csv` its numbers, a
-    row for each cell.
+    `summary.csv` has a row for each run in the order of the jobs, `summary.md` one for each group
+    of seeds. Where exactly two keys were swept, `table.md` has one down and the other across;
+    `table.csv` its numbers, a row for each cell.
     """
     from graft.runs.compare import metric_names
     from graft.runs.folder import write_atomically
@@ -35,7 +35,8 @@ def summarise(sweep: Path) -> str:
     from graft.runs.records import read_run, run_folders
     from graft.runs.tables import group_table, left_out, pivot_tables, run_table
 
-    runs = [read_run(path) for path in sorted(run_folders(sweep))]
+    runs = [read_run(path) for path in run_folders(sweep)]
+    runs.sort(key=lambda run: str(run.record.get("started")))  # names tell seconds: jobs share one
     if not runs:
         return ""
     comparison = grouped(runs)
