@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from graft.build import build
-from graft.transfer.stages import load_checkpoint
+from graft.transfer.checkpoint import load_checkpoint
 from tests.conftest import TINY, Graft, compose, same
 from tests.rank_states import State, read_states
 

@@ -105,10 +105,8 @@ def test_l2_sp_adds_the_gradient_of_its_penalty() -> None:
     with torch.no_grad():
         for parameter in module.backbone.parameters():
             parameter.add_(torch.randn_like(parameter))
-    penalty = sum(
-        0.15 * (p - start[n]).square().sum() for n, p in module.backbone.named_parameters()
-    )
-    expected = torch.autograd.grad(penalty, list(module.backbone.parameters()))
+    away = [(p - start[n]).square().sum() for n, p in module.backbone.named_parameters()]
+    expected = torch.autograd.grad(0.15 * torch.stack(away).sum(), list(module.backbone.parameters()))
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
     module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
@@ -179,13 +177,14 @@ def test_stages_have_their_own_image_size_and_augmentation() -> None:
         "transfer.stages.finetune.augment={cutmix:1.0,shift:0}",
     )  # fmt: skip
     _, data = build(config)
-    drawn = {"image": data.splits["train"].images[:6], "index": torch.arange(6)}
-    batch = {**drawn, "image": torch.as_tensor(drawn["image"]), "label": torch.arange(6) % 4}
-    for index, (stage, size) in enumerate(zip(build_stages(config), (24, 40), strict=True)):
-        data.start_stage(index, augment=stage.augment, image_size=stage.image_size)
+    index = torch.arange(6)
+    images = torch.as_tensor(data.splits["train"].images[:6])
+    batch = {"image": images, "index": index, "label": index % 4}
+    for i, (stage, size) in enumerate(zip(build_stages(config), (24, 40), strict=True)):
+        data.start_stage(i, augment=stage.augment, image_size=stage.image_size)
         for augment in (True, False):
             assert data.transform(batch, augment=augment)["image"].shape[-2:] == (size, size)
-        assert ("target" in data.transform(batch, augment=True)) is (index == 1)
+        assert ("target" in data.transform(batch, augment=True)) is (i == 1)
     data.start_stage(0)
     assert data.preprocessing.crop_size == 24
     assert data.stage_augment == data.augment
