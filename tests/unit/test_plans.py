@@ -106,7 +106,8 @@ def test_l2_sp_adds_the_gradient_of_its_penalty() -> None:
         for parameter in module.backbone.parameters():
             parameter.add_(torch.randn_like(parameter))
     away = [(p - start[n]).square().sum() for n, p in module.backbone.named_parameters()]
-    expected = torch.autograd.grad(0.15 * torch.stack(away).sum(), list(module.backbone.parameters()))
+    penalty = 0.15 * torch.stack(away).sum()
+    expected = torch.autograd.grad(penalty, list(module.backbone.parameters()))
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
     module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
