@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
+
+from graft.module import TransferModule
 
 State = dict[str, torch.Tensor]
 
@@ -16,20 +19,22 @@ class WriteStates(L.Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
-    def _write(self, trainer: L.Trainer, module: L.LightningModule, moment: str) -> None:
-        stage = module.stage.name  # type: ignore[union-attr]
+    def part(self, trainer: L.Trainer, module: L.LightningModule) -> str:
+        return cast(TransferModule, module).stage.name  # type: ignore[union-attr]
+
+    def write(self, trainer: L.Trainer, module: L.LightningModule, moment: str) -> None:
         self.folder.mkdir(exist_ok=True)
-        path = self.folder / f"{stage}-{moment}-{trainer.global_rank}.pt"
-        torch.save(module.state_dict(), path)
+        name = f"{self.part(trainer, module)}-{moment}-{trainer.global_rank}.pt"
+        torch.save(module.state_dict(), self.folder / name)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module, "start")
+        self.write(trainer, pl_module, "start")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module, "end")
+        self.write(trainer, pl_module, "end")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module, "test")
+        self.write(trainer, pl_module, "test")
 
 
 def read_states(folder: Path, stage: str, moment: str) -> list[State]:
