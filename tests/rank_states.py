@@ -1,12 +1,15 @@
-"""What each rank held when: a callback for runs in other processes, and reading what it wrote."""
+"""What each rank held when: callbacks for runs in other processes, and reading what they wrote."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
+from torch.distributed.tensor import DTensor
 
 from graft.module import TransferModule
 
@@ -20,7 +23,7 @@ class WriteStates(L.Callback):
         self.folder = Path(folder)
 
     def part(self, trainer: L.Trainer, module: L.LightningModule) -> str:
-        return cast(TransferModule, module).stage.name  # type: ignore[union-attr]
+        return _stage(module)
 
     def write(self, trainer: L.Trainer, module: L.LightningModule, moment: str) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -35,6 +38,39 @@ class WriteStates(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.write(trainer, pl_module, "test")
+
+
+class StopOnce(L.Callback):
+    """SIGTERM for the first rank, in the second epoch of a stage, when it first comes to that."""
+
+    def __init__(self, folder: str, stage: str) -> None:
+        self.done, self.stage = Path(folder) / "sigterm-sent", stage
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        place = (_stage(pl_module), trainer.current_epoch, batch_idx, trainer.global_rank)
+        if place == (self.stage, 1, 2, 0) and not self.done.exists():
+            self.done.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class WriteShare(L.Callback):
+    """Writes what part of the numbers in weights and optimizer state is on this rank."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        states = [s for o in trainer.optimizers for s in o.state.values()]
+        tensors = [*pl_module.parameters(), *(v for s in states for v in s.values() if v.ndim)]
+        here = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors)
+        share = here / sum(t.numel() for t in tensors)
+        (self.folder / f"{_stage(pl_module)}-share-{trainer.global_rank}").write_text(str(share))
+
+
+def _stage(module: L.LightningModule) -> str:
+    return cast(TransferModule, module).stage.name  # type: ignore[union-attr]
 
 
 def read_states(folder: Path, stage: str, moment: str) -> list[State]:

@@ -12,6 +12,7 @@ def conflict(plain: dict[str, Any]) -> str | None:
         or _grid_problem(plain)
         or _solver_problem(plain)
         or _augment_problem(plain)
+        or _sharding_problem(plain)
     )
 
 
@@ -109,4 +110,29 @@ def _solver_problem(plain: dict[str, Any]) -> str | None:
             return f"{key}: knows no dropout: set head.dropout=0"
         if head.get("norm") == "batchnorm":
             return f"{key}: knows no batches: set head.norm=standardize or none"
+    return None
+
+
+def _sharding_problem(plain: dict[str, Any]) -> str | None:
+    """What works on whole weights, where each device has a part of them."""
+    trainer = plain["trainer"]
+    if trainer.get("strategy") != "fsdp":
+        return None
+    for name, stage in plain["transfer"]["stages"].items():
+        for option in ("l2_sp", "ema"):
+            if stage.get(option) and stage.get("trainable", "all") != "head":
+                return (
+                    f"transfer.stages.{name}.{option}: needs whole weights on each device, and "
+                    "trainer=fsdp has parts of them: use trainer=ddp"
+                )
+    if trainer.get("compile"):
+        return (
+            "trainer.compile: blocks that trainer=fsdp has put together again are not compiled any "
+            "more: set it to false"
+        )
+    if str(trainer.get("precision")).startswith("16"):
+        return (
+            f"trainer.precision={trainer['precision']}: with trainer=fsdp each device would scale "
+            "the loss on its own: use bf16-mixed"
+        )
     return None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
@@ -243,7 +244,11 @@ class TransferModule(L.LightningModule):
         scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and (
             self.trainer.precision_plugin.scaler is not None
         )  # Lightning can't clip gradients that a fused step would unscale
-        if kind not in (SGD, Adam, AdamW) or {"fused", "foreach"} & named.keys() or scaled:
+        sharded = isinstance(
+            next(self.backbone.parameters()), DTensor
+        )  # SGD's has no form for them
+        chosen_already = {"fused", "foreach"} & named.keys()
+        if kind not in (SGD, Adam, AdamW) or chosen_already or scaled or sharded:
             return {}
         return {"fused": self.device.type in ("cpu", "cuda")}
 

@@ -19,6 +19,7 @@ from graft.config import make
 from graft.report import EpochLines
 from graft.signals import StopSignals
 from graft.transfer.checkpoint import AtomicCheckpointIO
+from graft.transfer.sharded import ShardedStrategy
 from graft.transfer.stages import Stage
 from graft.transfer.sync_norm import SyncBatchNorms
 
@@ -122,15 +123,17 @@ def make_trainer(
     chosen.append(RichProgressBar(leave=True) if terminal else EpochLines())
     if loggers:
         chosen.append(LearningRateMonitor(logging_interval="step"))
-    if options["strategy"] == "ddp":
+    strategy = options["strategy"]
+    if strategy == "fsdp" and stage.trainable != "head":
+        strategy = ShardedStrategy()
+    elif strategy in ("ddp", "fsdp"):  # there is nothing to shard in the training of a head
         # Buffers: see TransferModule.sync_batch_norms.
         strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-        options = {**options, "strategy": strategy}
     plugins: list[Any] = [AtomicCheckpointIO()]
     if options["sync_batchnorm"]:
         plugins.append(SyncBatchNorms())
     trainer = L.Trainer(
-        **{**options, "sync_batchnorm": False},
+        **{**options, "strategy": strategy, "sync_batchnorm": False},
         plugins=plugins,
         max_epochs=stage.epochs,
         callbacks=chosen,

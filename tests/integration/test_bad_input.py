@@ -89,6 +89,20 @@ def test_values_that_do_not_go_together_are_named(overrides: list[str], message:
         compose("transfer=linear_probe", "head=linear_grid", *overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("transfer=ema", "transfer.stages.finetune.ema: needs whole weights on each device"),
+        ("transfer=l2_sp", "transfer.stages.finetune.l2_sp: needs whole weights on each device"),
+        ("trainer.compile=true", "trainer.compile: blocks that trainer=fsdp has put together"),
+        ("trainer.precision=16-mixed", "trainer.precision=16-mixed: with trainer=fsdp each device"),
+    ],
+)
+def test_what_sharded_weights_do_not_go_with(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        compose("trainer=fsdp", override)
+
+
 def test_an_unknown_command_is_named(graft: Graft) -> None:
     done = graft("trian")
     assert done.returncode != 0
