@@ -252,6 +252,22 @@ def test_training_validation_and_test_see_the_same_normalisation_and_geometry() 
     assert white.mean((0, 2, 3)).tolist() == pytest.approx(expected, rel=1e-4)
 
 
+def test_each_epoch_of_a_fit_is_augmented_anew() -> None:
+    """Rule 16, in the hook that a fit calls."""
+    datamodule = data()
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.training = True
+    datamodule.trainer = trainer
+    batch = datamodule.splits["train"][list(range(8))]
+    drawn = []
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    for epoch in (0, 1, 0):
+        epochs.processed = epoch
+        drawn.append(datamodule.on_after_batch_transfer(dict(batch), 0)["image"])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+
+
 def test_the_best_checkpoint_is_tested_and_not_the_last(train_tiny: Train) -> None:
     """Rule 7. The rate explodes after the first epochs: the last weights are no good."""
     run = train_tiny(

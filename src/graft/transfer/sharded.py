@@ -19,8 +19,6 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from graft.module import TransferModule
 
-States = dict[DTensor, dict[str, Tensor]]
-
 
 class ShardedStrategy(DDPStrategy):
     """Shards each block of the backbone, and the head, for the time of a fit.
@@ -61,13 +59,13 @@ class ShardedStrategy(DDPStrategy):
         return gathered(super().optimizer_state(optimizer), keep=self.is_global_zero)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
-        for optimizer in self.optimizers:
-            for parameter, state in cast(States, optimizer.state).items():
-                for key, value in state.items():
-                    if value.shape == parameter.shape:  # not a count of steps
-                        mesh, placements = parameter.device_mesh, parameter.placements
-                        state[key] = distribute_tensor(value, mesh, placements)
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                i: {key: sharded_like(parameters[i], value) for key, value in values.items()}
+                for i, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
 
 
 def without_weights(module: nn.Module) -> nn.Module:
@@ -87,3 +85,10 @@ def gathered(state: dict[str, Any], *, keep: bool = True) -> dict[str, Any]:
         return full.cpu() if keep else None
 
     return apply_to_collection(state, DTensor, whole)
+
+
+def sharded_like(parameter: DTensor, value: Any) -> Any:
+    """A whole tensor of the parameter's shape in parts; anything else, like a count, as it is."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
