@@ -2,9 +2,9 @@
 
 `python scripts/baselines.py NAME --images FOLDER ...` runs one of them in a process of its own and
 ends with a line of JSON: test accuracy in percent and, where it times itself, seconds per training
-epoch. Lightning is imported by those alone that use it: it slows down torch's Adam on machines
-without a GPU. Each trains on the images Graft trains on, selects by the same validation images, and uses
-the hyper-parameters of the experiment it is compared with.
+epoch. Each trains on the images Graft trains on, selects by the same validation images, and uses
+the hyper-parameters of the experiment it is compared with. Lightning is imported by those alone
+that use it: it slows down torch's Adam on machines without a GPU.
 """
 
 from __future__ import annotations

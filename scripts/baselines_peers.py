@@ -86,12 +86,13 @@ def lightly_probe(a: argparse.Namespace) -> Result:
 
 
 def sklearn_probe(a: argparse.Namespace) -> Result:
-    """scikit-learn's LogisticRegression on stored features."""
+    """scikit-learn's LogisticRegression on stored features, with the strength of lbfgs_probe."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     data = {k: (x.numpy(), y.numpy()) for k, (x, y) in torch.load(a.features).items()}
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    strength = 1 / (0.01 * len(data["train"][0]))  # weight_decay 0.01 on the mean loss
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
     model.fit(*data["train"])
     return {"accuracy": 100 * float(model.score(*data["test"]))}
