@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import Subset
@@ -74,26 +73,26 @@ def timm_loop(a: argparse.Namespace) -> Result:
 def lightly_probe(a: argparse.Namespace) -> Result:
     """lightly's LinearClassifier with its own optimizer and schedule, on images."""
     from lightly.utils.benchmarking import LinearClassifier
+    from pytorch_lightning import Trainer  # lightly's modules are not of the `lightning` package
 
     parts = loaders(folders(a.images, a.size), a.batch)
     backbone, width = network(a.model, a.weights, None)
     model = nn.Sequential(backbone, nn.Flatten())
-    probe = LinearClassifier(
-        model, a.batch, feature_dim=width, num_classes=CLASSES, freeze_model=True
-    )
-    trainer = L.Trainer(max_epochs=a.epochs, devices=1, default_root_dir=a.out)
+    probe = LinearClassifier(model, a.batch, feature_dim=width, num_classes=CLASSES)
+    trainer = Trainer(max_epochs=a.epochs, devices=1, default_root_dir=a.out)
     trainer.fit(probe, parts["train"], parts["val"])
     tested = trainer.validate(probe, parts["test"], verbose=False)[0]  # it has no test_step
     return {"accuracy": 100 * tested["val_top1"]}
 
 
 def sklearn_probe(a: argparse.Namespace) -> Result:
-    """scikit-learn's LogisticRegression on stored features."""
+    """scikit-learn's LogisticRegression on stored features, with the strength of lbfgs_probe."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     data = {k: (x.numpy(), y.numpy()) for k, (x, y) in torch.load(a.features).items()}
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    strength = 1 / (0.01 * len(data["train"][0]))  # weight_decay 0.01 on the mean loss
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
     model.fit(*data["train"])
     return {"accuracy": 100 * float(model.score(*data["test"]))}

@@ -113,7 +113,15 @@ def warm_cache(bench: Bench) -> Path:
 
 @row("grid-32")
 def grid_32(bench: Bench) -> Iterator[Line]:
-    """32 heads in one warm run: 32 Hydra jobs of the conventional module on the same features."""
+    """32 heads in one warm run: 32 Hydra jobs of the conventional module on the same features.
+
+    Once with the probe's batch size and once with that of the recipe everyone starts from.
+    """
+    for size in (512, 32):
+        yield grid_at(bench, batch(bench, size))
+
+
+def grid_at(bench: Bench, size: int) -> Line:
     cache, features = warm_cache(bench), features_file(bench)
     grid = composed(["head=linear_grid", "transfer=linear_probe"])["head"]["grid"]
     rates, decays = list(grid["lr"]), list(grid["weight_decay"])
@@ -123,10 +131,10 @@ def grid_32(bench: Bench) -> Iterator[Line]:
 
     def theirs(repeat: int) -> Sample:
         if bench.jobs >= heads:
-            return conventional(bench, features, rates, decays, seeds)
+            return conventional(bench, features, size, rates, decays, seeds)
         # Start-up is paid once per sweep: only what a further job adds is multiplied.
-        one = conventional(bench, features, few[:1], decays[:1], seeds[:1])
-        several = conventional(bench, features, few, decays[:1], seeds[:1])
+        one = conventional(bench, features, size, few[:1], decays[:1], seeds[:1])
+        several = conventional(bench, features, size, few, decays[:1], seeds[:1])
         more = (heads - 1) / (len(few) - 1)
         return dataclasses.replace(
             several,
@@ -134,15 +142,22 @@ def grid_32(bench: Bench) -> Iterator[Line]:
             cpu=one.cpu + more * (several.cpu - one.cpu),
         )
 
-    ours = bench.graft(*probe_overrides(bench), "head=linear_grid", cache=cache)
+    overrides = [*probe_overrides(bench), f"data.batch_size={size}", "head=linear_grid"]
+    ours = bench.graft(*overrides, cache=cache)
     note = f"{heads} heads"
     if bench.jobs < heads:
         note += f"; theirs EXTRAPOLATED from {len(few)} jobs in one process"
-    yield bench.versus("grid-32", {"ours": ours, "theirs": theirs}, 50, note=note)
+    name = f"grid-32 (batch {size})"
+    return bench.versus(name, {"ours": ours, "theirs": theirs}, 50, note=note)
 
 
 def conventional(
-    bench: Bench, features: Path, rates: list[float], decays: list[float], seeds: list[int]
+    bench: Bench,
+    features: Path,
+    size: int,
+    rates: list[float],
+    decays: list[float],
+    seeds: list[int],
 ) -> Sample:
     """One Hydra multirun over the product, in one process; the job best on val is tested."""
     folder = bench.folder("sweep")
@@ -155,7 +170,7 @@ def conventional(
         f"features='{features}'",
         f"out='{folder}/results'",
         f"epochs={bench.epochs or 10}",
-        f"batch={batch(bench, 512)}",
+        f"batch={size}",
         f"hydra.sweep.dir='{folder}'",
     ]
     sample, _ = run_process(command, bench.env)
@@ -197,15 +212,20 @@ def extracted(module: Any, datamodule: Any, split: str) -> Any:
 
 
 def features_file(bench: Bench) -> Path:
+    """What a probe stored, for baselines."""
     import torch
+
+    from graft.transfer.stored import FeatureStore
 
     file = bench.work / "features.pt"
     if not file.exists():
-        module, data = frozen(bench, warm_cache(bench))
-        parts = {
-            name: (extracted(module, data, name), torch.from_numpy(part.labels))
-            for name, part in data.splits.items()
-        }
+        cache = warm_cache(bench)
+        module, data = frozen(bench, cache)
+        data.start_stage(0, augment=False)
+        torch.set_float32_matmul_precision("high")  # as runs do: a part of the key
+        stored = FeatureStore(module, data, module.stage, cache).features(list(data.splits))
+        labels = {name: torch.from_numpy(split.labels) for name, split in data.splits.items()}
+        parts = {name: (x[torch.arange(len(x))], labels[name]) for name, x in stored.items()}
         torch.save(parts, file)
     return file
 

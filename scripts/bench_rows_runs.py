@@ -300,8 +300,8 @@ def peer_timm(bench: Bench) -> Iterator[Line]:
 
 @row("peer-sklearn")
 def peer_sklearn(bench: Bench) -> Iterator[Line]:
-    """ridge_probe on a warm cache: LogisticRegression on the same features, end to end."""
+    """lbfgs_probe on a warm cache: LogisticRegression on the same features, end to end."""
     theirs = bench.baseline("sklearn", features=features_file(bench))
-    overrides = [*probe_overrides(bench), "transfer=ridge_probe"]
+    overrides = [*probe_overrides(bench), "transfer=lbfgs_probe"]
     ours = bench.graft(*overrides, cache=warm_cache(bench))
     yield bench.versus("peer-sklearn", {"ours": ours, "theirs": theirs})

@@ -126,8 +126,7 @@ class TransferModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.grid is not None:
             losses = self.grid.training_losses(self._logits(batch), batch["label"], self.smoothing)
-            shown = torch.where(losses.isfinite(), losses, torch.nan).nanmean()
-            self._log_step(shown)
+            self._log_step(losses)
             return losses.sum()  # a head's gradient is that of its own loss
         loss = F.cross_entropy(
             self._logits(batch),
@@ -160,6 +159,8 @@ class TransferModule(L.LightningModule):
     def _log_step(self, loss: Tensor) -> None:
         # `self.log` takes as long as a step of a small head: it is called when something is due.
         if self.trainer._logger_connector.should_update_logs:
+            if self.grid is not None:  # the mean of the heads that have not diverged
+                loss = torch.where(loss.isfinite(), loss, torch.nan).nanmean()
             self.log("train/loss_step", loss.detach(), batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -19,6 +19,7 @@ from graft.config import make
 from graft.report import EpochLines
 from graft.signals import StopSignals
 from graft.transfer.checkpoint import AtomicCheckpointIO
+from graft.transfer.lean import LeanOptimization
 from graft.transfer.sharded import ShardedStrategy
 from graft.transfer.stages import Stage
 from graft.transfer.sync_norm import SyncBatchNorms
@@ -33,6 +34,9 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
     """
     ours = ("max_epochs", "compile", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
     options = {k: v for k, v in config.items() if k not in ours}
+    if not torch.cuda.is_available():
+        # Lightning's "1" has torch look for NVML's library whenever an Adam steps.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     if options["accelerator"] == "auto":
         options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
     if options["accelerator"] == "gpu" and not torch.cuda.is_available():
@@ -144,6 +148,7 @@ def make_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the datamodule's order already knows the ranks
     )
+    trainer.fit_loop.epoch_loop.automatic_optimization = LeanOptimization(trainer)
     if stop is not None:
         stop.take_over(trainer)
     return trainer

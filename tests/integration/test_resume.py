@@ -14,7 +14,7 @@ import torch
 from graft.module import TransferModule
 from graft.runs.folder import RunFolder
 from graft.transfer.last_checkpoint import LastCheckpoint
-from tests.conftest import TINY, Graft, same
+from tests.conftest import TINY, Graft, equal, same
 
 # Five batches an epoch. Dropout draws from torch's own state; the rate changes in every step.
 BASE = [
@@ -135,16 +135,6 @@ def assert_equal(resumed: Path, whole: Path) -> None:
                 a, b = ({**c, "loops": c["loops"]["fit_loop"]["epoch_progress"]} for c in (a, b))
             assert equal(a[key], b[key]), (file, key)
     assert (resumed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return a == b
 
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from graft.data.datasets import Batch, ImageDataset
 from graft.data.draws import sample_seed
+from graft.data.sampler import Positions
 
 SEVERITIES = (1, 2, 3, 4, 5)
 NOISE_SEED = 20190326  # any constant: two models are to meet the same images
@@ -91,7 +92,7 @@ class CorruptedImages(ImageDataset):
         self.images, self.rows, self.labels = clean.images, clean.rows, clean.labels
         self.name, self.severity = name, severity
 
-    def __getitem__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: Positions) -> Batch:
         batch = super().__getitem__(positions)
         index = torch.from_numpy(self.rows[positions])
         return {**batch, "image": corrupt(batch["image"], index, self.name, self.severity)}

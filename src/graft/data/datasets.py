@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from graft.data.draws import VIEW, uniform
 from graft.data.features import StoredFeatures
+from graft.data.sampler import Positions
 from graft.data.source import Split
 
 Batch = dict[str, Tensor]
@@ -42,7 +43,7 @@ class ImageDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: Positions) -> Batch:
         at = np.asarray(positions) % len(self)
         return {
             "image": torch.from_numpy(np.asarray(self.images[self.rows[at]])),
@@ -66,7 +67,7 @@ class FeatureDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: Positions) -> Batch:
         index = torch.as_tensor(positions)
         rows = at = index % len(self)
         if (views := self.features.views) > 1:

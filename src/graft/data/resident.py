@@ -11,6 +11,7 @@ from graft.data.features import DEVICE_SHARE
 
 if TYPE_CHECKING:
     from graft.data.datasets import Batch, ImageDataset
+    from graft.data.sampler import Positions
 
 CHUNK = 4096  # images on their way to the device
 
@@ -29,7 +30,7 @@ class ResidentDataset(Dataset["Batch"]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: Positions) -> Batch:
         index = torch.tensor(positions, device=self.labels.device)
         at = index % len(self)
         return {"image": self.images[at], "label": self.labels[at], "index": index}

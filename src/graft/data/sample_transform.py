@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from graft.data.draws import sample_seed
+from graft.data.sampler import BatchOrder, Positions
 
 if TYPE_CHECKING:
     from graft.data.datasets import Batch, ImageDataset
-    from graft.data.sampler import BatchOrder
 
 
 class SampleTransformed(Dataset["Batch"]):
@@ -39,13 +39,13 @@ class SampleTransformed(Dataset["Batch"]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, drawn: tuple[list[int], int]) -> Batch:
+    def __getitem__(self, drawn: tuple[Positions, int]) -> Batch:
         positions, epoch = drawn
         batch = self.dataset[positions]
         state = torch.get_rng_state()
         try:
             images = []
-            for image, index in zip(batch["image"], positions, strict=True):
+            for image, index in zip(batch["image"], batch["index"].tolist(), strict=True):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
                 images.append(self.transform(image))
         finally:
@@ -71,7 +71,7 @@ def _kind(image: object) -> str:
     return f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
 
 
-class WithEpoch(Sampler[tuple[list[int], int]]):
+class WithEpoch(Sampler[tuple[Positions, int]]):
     """(positions, epoch): workers, who are not told of epochs, read it from what they are asked."""
 
     def __init__(self, batches: BatchOrder) -> None:
@@ -80,7 +80,7 @@ class WithEpoch(Sampler[tuple[list[int], int]]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[list[int], int]]:
+    def __iter__(self) -> Iterator[tuple[Positions, int]]:
         epoch = self.batches.epoch()
         for positions in self.batches:
             yield positions, epoch

@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+Positions = NDArray[np.int64] | list[int]
 
-class BatchOrder(Sampler[list[int]]):
+
+class BatchOrder(Sampler[NDArray[np.int64]]):
     """Yields the positions of one batch at a time, for one rank of several.
 
     Training (`shuffle=True`): every epoch is a permutation drawn from (seed, epoch) alone. Batch i
@@ -62,14 +64,14 @@ class BatchOrder(Sampler[list[int]]):
             return self.epoch_size // self.world_size
         return len(range(self.rank, self.size, self.world_size))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
         order = np.arange(self.size)
         if self.shuffle:
             order = self._drawn(self.epoch() * self.epoch_size)
         mine = order[self.rank :: self.world_size][: self._share()]
         size = self.batch_size
         # Not `yield` in here: that would ask for the place at the first batch, not now.
-        return (mine[i * size : (i + 1) * size].tolist() for i in range(self.first(), len(self)))
+        return (mine[i * size : (i + 1) * size] for i in range(self.first(), len(self)))
 
     def _drawn(self, start: int) -> NDArray[np.int64]:
         """An epoch of the endless row, from `start` on."""
