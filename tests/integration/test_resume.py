@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ import torch
 from graft.module import TransferModule
 from graft.runs.folder import RunFolder
 from graft.transfer.last_checkpoint import LastCheckpoint
+from graft.transfer.schedules import one_cycle
 from tests.conftest import TINY, Graft, same
 
 # Five batches an epoch. Dropout draws from torch's own state; the rate changes in every step.
@@ -53,7 +59,7 @@ Break = Callable[..., None]
 
 @pytest.fixture
 def break_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
-    """`break_at(TransferModule, "training_step", 3)`: the third call raises, later ones don't."""
+    """`break_at(TransferModule, "training_step", 3)`: the third call crashes, or does `do`."""
 
     def plan(owner: Any, method: str, number: int, *, after: bool = False, do: Any = None) -> None:
         original = getattr(owner, method)
@@ -216,3 +222,238 @@ def test_a_run_that_crashes_again_and_again(
     assert attempts >= 3
     assert broken == {stage["name"] for stage in record(folder)["stages"]}
     assert_equal(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "number"),
+    [
+        (TransferModule, "training_step", 8),
+        (TransferModule, "training_step", 10),
+        (TransferModule, "validation_step", 2),
+    ],
+)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_batch_or_epoch_and_stops(
+    runs: Runs, break_at: Break, owner: Any, method: str, number: int, signum: signal.Signals
+) -> None:
+    """Not at the end of the run, and not without what was trained since the last checkpoint."""
+    whole = runs.whole("fine-tuning")
+    break_at(owner, method, number, do=lambda: os.kill(os.getpid(), signum))
+    folder, code = runs.start("fine-tuning", "trainer.checkpoint_every_n_steps=null")
+    assert code == 128 + signum
+    assert record(folder)["status"] == "preempted"
+    assert record(folder)["error"] == f"stopped by {signum.name}"
+    last = torch.load(folder / "checkpoints" / "finetune" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == {8: 8, 10: 10, 2: 10}[number]
+    assert "after" in runs.resume(folder)
+    assert_equal(folder, whole)
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("method", ["start_stage", "test_step"])
+def test_a_signal_outside_of_training_stops_at_once(
+    runs: Runs, break_at: Break, method: str
+) -> None:
+    whole = runs.whole("fine-tuning")
+    break_at(TransferModule, method, 1, do=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    folder, code = runs.start("fine-tuning")
+    assert code == 143
+    assert record(folder)["status"] == "preempted"
+    runs.resume(folder)
+    assert_equal(folder, whole)
+
+
+def test_checkpoints_by_time(runs: Runs, break_at: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves 40 s a look: one checkpoint in two batches, with one minute."""
+    looks = iter(range(0, 10_000, 40))
+    clock = mock.Mock(monotonic=lambda: next(looks))
+    monkeypatch.setattr("graft.transfer.last_checkpoint.time", clock)
+    break_at(TransferModule, "training_step", 5)
+    minutes = ["trainer.checkpoint_every_n_steps=null", "trainer.checkpoint_every_n_minutes=1"]
+    folder, _ = runs.start("fine-tuning", *minutes)
+    last = torch.load(folder / "checkpoints" / "finetune" / "last.ckpt", weights_only=True)
+    assert 0 < last["global_step"] < 5
+
+
+def test_tensorboard_shows_each_step_once(runs: Runs, break_at: Break) -> None:
+    """A step that was logged twice shows as a loop in the curve, one that was lost as a gap."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+        events = EventAccumulator(str(folder)).Reload()
+        return {
+            tag: [(e.step, e.value) for e in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+        }
+
+    logs = {}
+    for name in ("whole", "stopped"):
+        if name == "stopped":
+            break_at(TransferModule, "training_step", 24)  # nine steps into the second stage
+        runs.tmp_path = runs.tmp_path / name
+        folder, code = runs.start("grid", "logger=default")
+        if name == "stopped":
+            assert code == 1
+            runs.resume(folder)
+        logs[name] = folder
+    assert curves(logs["stopped"]) == curves(logs["whole"])
+    assert len(curves(logs["whole"])["val/acc"]) == 6
+
+
+def test_a_longer_run_than_planned(runs: Runs, break_at: Break) -> None:
+    """The same as if it had been planned so, where the schedule does not depend on its length."""
+    constant = ["scheduler=constant", "trainer.checkpoint_every_n_steps=null"]
+    logs = runs.tmp_path / "longer"
+    overrides = [*BASE, *MLP, *constant, "trainer.max_epochs=5", f"paths.logs={logs}"]
+    assert runs.graft("train", *overrides).returncode == 0
+    (whole,) = logs.iterdir()
+    break_at(TransferModule, "training_step", 13)
+    folder, _ = runs.start("fine-tuning", *constant)
+    runs.resume(folder, "trainer.max_epochs=5", "trainer.log_every_n_steps=1")
+    assert_equal(folder, whole)
+    assert "epochs: 5" in (folder / "config.yaml").read_text()
+    assert (folder / "overrides.yaml").read_text().splitlines()[-2] == "- trainer.max_epochs=5"
+
+
+def test_another_length_changes_the_rate_at_once(runs: Runs, break_at: Break) -> None:
+    break_at(TransferModule, "training_step", 11)
+    folder, _ = runs.start("fine-tuning")
+    runs.resume(folder, "trainer.max_epochs=30")
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    column = next(name for name in rows[0] if name.startswith("lr-"))
+    rates = {int(row["step"]): float(row[column]) for row in rows if row[column]}
+    plan = [one_cycle(step, 150) * 0.05 for step in range(150)]
+    assert [rates[step] for step in range(10, 150)] == pytest.approx(plan[10:])
+    assert rates[9] == pytest.approx(one_cycle(9, 15) * 0.05)
+
+
+def test_a_run_folder_that_was_moved(runs: Runs, break_at: Break) -> None:
+    whole = runs.whole("two stages")
+    break_at(TransferModule, "training_step", 24)
+    folder, _ = runs.start("two stages")
+    moved = folder.rename(runs.tmp_path / "moved")
+    runs.resume(moved)
+    assert_equal(moved, whole)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def stopped(runs: Runs, break_at: Break) -> Path:
+    """A run of two stages that stopped in the third epoch of its second."""
+    break_at(TransferModule, "training_step", 27)
+    folder, _ = runs.start("two stages")
+    return folder
+
+
+def error(graft: Graft, *arguments: Any) -> str:
+    done = graft("resume", *map(str, arguments))
+    assert done.returncode == 1
+    assert done.stderr.startswith("graft: error: ")
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr.removeprefix("graft: error: ")
+
+
+def test_what_cannot_change_is_refused_with_the_reason(graft: Graft, stopped: Path) -> None:
+    for override, reason in {
+        "backbone=squeezenet1_1": "the checkpoint holds the weights of another one",
+        "data.batch_size=4": "the epoch goes on in the middle of the images' order",
+        "optimizer.lr=0.1": "its state in the checkpoint goes with the settings it was made with",
+        "scheduler=cosine": "a part of it has been run through",
+        "transfer.stages.second.norm=frozen": "the stages so far were trained with another plan",
+        "seed=1": "it would not be the same run",
+        "transfer.stages.probe.epochs=9": "transfer.stages.probe.epochs cannot change: this stage",
+        "transfer.stages.second.epochs=1": "transfer.stages.second.epochs=1: 2 are behind it",
+        "trainer.max_epoch=9": "no config key trainer.max_epoch: did you mean trainer.max_epochs",
+        "trainer.max_epochs=ten": "trainer.max_epochs=ten: must be a whole number above 0",
+    }.items():
+        before = (stopped / "config.yaml").read_text()
+        assert reason in error(graft, stopped, override), override
+        assert (stopped / "config.yaml").read_text() == before
+        assert record(stopped)["status"] == "failed"
+
+
+def test_a_config_that_was_edited_is_noticed(graft: Graft, stopped: Path) -> None:
+    config = stopped / "config.yaml"
+    config.write_text(config.read_text().replace("label_smoothing: 0.0", "label_smoothing: 0.1"))
+    assert error(graft, stopped).startswith("label_smoothing cannot change in a resumed run")
+
+
+def test_a_finished_run_is_left_alone(runs: Runs) -> None:
+    folder = runs.whole("fine-tuning")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert "is finished: there is nothing to resume" in runs.resume(folder)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_no_run_folder_or_one_of_another_version(graft: Graft, stopped: Path) -> None:
+    assert "is not a run folder: no readable run.json" in error(graft, stopped / "checkpoints")
+    assert f"there are 1 in it, like {stopped}" in error(graft, stopped.parent)
+    content = (stopped / "run.json").read_text()
+    for found, age in ((99, "a newer"), (1, "an older")):
+        (stopped / "run.json").write_text(content.replace('"format": 2', f'"format": {found}'))
+        assert f"written by {age} version of graft" in error(graft, stopped)
+    (stopped / "run.json").write_text(content[:100])
+    assert "is not a run folder" in error(graft, stopped)
+
+
+def test_a_run_that_another_process_works_on(
+    graft: Graft, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.runs.folder.LOCK_SECONDS", 0.1)
+    with RunFolder.open(stopped).locked():
+        assert "is being written by another process" in error(graft, stopped)
+    assert record(stopped)["status"] == "failed"
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "a flipped byte"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    runs: Runs, stopped: Path, damage: str
+) -> None:
+    last = stopped / "checkpoints" / "second" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        last.unlink()
+    else:
+        part = {"empty": 0, "cut off": len(content) // 2, "a flipped byte": len(content)}[damage]
+        last.write_bytes(content[:part])
+    out = runs.resume(stopped)
+    state = "missing" if damage == "missing" else "damaged"
+    assert f"last.ckpt is {state}: the one before it is used" in out
+    assert_equal(stopped, runs.whole("two stages"))
+
+
+def test_without_any_checkpoint_the_stage_starts_anew(runs: Runs, stopped: Path) -> None:
+    for name in ("last.ckpt", "previous.ckpt"):
+        (stopped / "checkpoints" / "second" / name).write_bytes(b"")
+    out = runs.resume(stopped)
+    assert "there is none before it" in out
+    assert "stage second from its start" in out
+    assert_equal(stopped, runs.whole("two stages"))
+
+
+def test_the_weights_of_a_stage_that_is_done_are_needed(graft: Graft, stopped: Path) -> None:
+    best = stopped / "checkpoints" / "probe" / "best.ckpt"
+    best.write_bytes(best.read_bytes()[:-100])
+    assert f"{best} is missing or damaged, and stage probe cannot be skipped" in error(
+        graft, stopped
+    )
+
+
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(
+    graft: Graft, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = stopped / "checkpoints" / "second" / "last.ckpt"
+    before = last.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        message = error(graft, stopped)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith(f"cannot write the checkpoint {last}: ")
+    assert last.read_bytes() == before
+    assert {p.name for p in last.parent.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}

@@ -79,6 +79,9 @@ def changed(folder: RunFolder, overrides: Sequence[str]) -> dict[str, Any]:
     config = folder.read("config.yaml")
     if not overrides:
         return config
+    for override in overrides:
+        if _key(override) in REASONS:  # what is set within it may not fit another choice
+            refuse(_key(override))
     before = folder.read("overrides.yaml")
     asked = {_key(override) for override in overrides}
     # The config of the run is resolved: what an override leads to is what it changes in the
