@@ -1,6 +1,9 @@
 #!/bin/bash
-# One run as a SLURM job of any length: sbatch scripts/slurm.sh experiment=cifar10_finetune trainer=ddp
-# Two minutes before the time limit SLURM sends SIGUSR1; the run saves, and has the job requeued.
+# One run as a SLURM job of any length, with graft's environment active:
+#   sbatch scripts/slurm.sh experiment=cifar10_finetune
+#   sbatch --ntasks-per-node=4 --gpus-per-node=4 scripts/slurm.sh trainer=ddp trainer.devices=4
+# Two minutes before the time limit SLURM sends SIGUSR1: the run saves and has the job requeued. The
+# job that starts again has the same id, by which `graft train` finds its run and goes on with it.
 #SBATCH --job-name=graft
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -9,8 +12,4 @@
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-set -euo pipefail
-
-# A folder of this job's own: when the job starts again, the run that is in it goes on.
-logs=${GRAFT_LOGS:-logs}/slurm-$SLURM_JOB_ID
-if compgen -G "$logs/*/run.json" > /dev/null; then srun graft resume "$logs"/*/; else srun graft train paths.logs="$logs" "$@"; fi
+srun --kill-on-bad-exit=1 graft train "$@"

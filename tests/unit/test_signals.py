@@ -71,7 +71,8 @@ def test_the_warning_requeues_the_job_and_a_cancellation_does_not(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert requeue(signal.SIGUSR1) == "SLURM requeues job 16_3"
     assert scontrol.read_text() == "requeue 17\nrequeue 16_3\n"
-    monkeypatch.delenv("SLURM_JOB_ID")
+    for key in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(key)
     assert requeue(signal.SIGUSR1) is None
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.config import CONFIGS, check, leaves
 from graft.runs.folder import RunFolder
+from graft.signals import slurm_job
 from graft.train import entry, is_first_process, recorded
 
 if TYPE_CHECKING:
@@ -42,31 +45,50 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="its folder")
     parser.add_argument("overrides", nargs="*", help="like trainer.max_epochs=20")
     arguments = parser.parse_args()
-    folder = RunFolder.open(arguments.run)
+    go_on(arguments.run, arguments.overrides)
+
+
+def go_on(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Run what is left of a run; its metrics, also of one that is done."""
+    folder = RunFolder.open(path)
     if is_done(folder):
-        return
+        return folder.record["metrics"]
 
     # What Lightning starts as further ranks of this command reads what the first one has written.
     first = is_first_process()
     with folder.locked() if first else nullcontext():
         if first:
-            folder = RunFolder.open(arguments.run)
+            folder = RunFolder.open(path)
             if is_done(folder):  # by whom we waited for
-                return
-        config = changed(folder, arguments.overrides)
+                return folder.record["metrics"]
+        config = changed(folder, overrides)
         resumed = progress(folder, config, tell=print if first else lambda text: None)
         if first:
             folder.write("config.yaml", config)
-            folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *arguments.overrides])
+            folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *overrides])
             (folder.path / "error.log").unlink(missing_ok=True)
             folder.update(status="running", finished=None, error=None, config=config)
-        recorded(config, folder if first else None, resumed)
+        return recorded(config, folder if first else None, resumed)
+
+
+def run_of_this_job(logs: Path, overrides: Sequence[str]) -> Path | None:
+    """The run that this SLURM job had begun with these overrides before it was requeued."""
+    job = slurm_job()
+    if job is None or int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        return None
+    for path in sorted(logs.glob("*/run.json"), reverse=True):
+        with suppress(ValueError, OSError):  # not what we look for
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if (record.get("slurm_job"), record.get("overrides")) == (job, list(overrides)):
+                return path.parent
+    return None
 
 
 def is_done(folder: RunFolder) -> bool:
     if folder.record["status"] != "done":
         return False
-    print(f"{folder.path} is finished: there is nothing to resume")
+    if is_first_process():
+        print(f"{folder.path} is finished: there is nothing to resume")
     return True
 
 

@@ -171,10 +171,11 @@ class LastCheckpoint(L.Callback):
 
 
 def _own_statistics(trainer: L.Trainer, pl_module: L.LightningModule) -> list[torch.Tensor]:
-    """What of the module, and of its average, is of one rank alone: a checkpoint has the first's."""
+    """What ranks differ in, of the module and of its average: a checkpoint has the first's."""
     if trainer.world_size == 1:
         return []
-    averages = [c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging)]
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [c._average_model for c in callbacks if isinstance(c, WeightAveraging)]
     modules = [pl_module, *(average.module for average in averages if average is not None)]
     return [b for module in modules for b in cast("TransferModule", module).moving_statistics()]
 
