@@ -68,7 +68,7 @@ def train_and_kill(
 ) -> list[str]:
     """Train, and resume until no moment is left. Returns the stack at each kill."""
     logs, note = root / "logs", root / "note"
-    root.mkdir()
+    root.mkdir(parents=True)
     stacks = []
     for moment in [*moments, NEVER]:
         folders = list(logs.iterdir()) if logs.exists() else []

@@ -44,6 +44,7 @@ def test_what_cannot_change_is_refused_with_the_reason(graft: Graft, stopped: Pa
         "optimizer.lr=0.1": "its state in the checkpoint goes with the settings it was made with",
         "scheduler=cosine": "a part of it has been run through",
         "transfer.stages.second.norm=frozen": "the stages so far were trained with another plan",
+        "trainer.limit_train_batches=1": "it would not be the same run",  # one, not all of them
         "seed=1": "it would not be the same run",
         "transfer.stages.probe.epochs=9": "transfer.stages.probe.epochs cannot change: this stage",
         "transfer.stages.second.epochs=1": "transfer.stages.second.epochs=1: 2 are behind it",

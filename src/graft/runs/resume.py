@@ -43,7 +43,7 @@ def main() -> None:
         prog="graft resume", description="Go on with a run that was stopped, in its own folder."
     )
     parser.add_argument("run", type=Path, help="its folder")
-    parser.add_argument("overrides", nargs="*", help="like trainer.max_epochs=20")
+    parser.add_argument("overrides", nargs="*", default=[], help="like trainer.max_epochs=20")
     arguments = parser.parse_args()
     go_on(arguments.run, arguments.overrides)
 
@@ -112,7 +112,7 @@ def changed(folder: RunFolder, overrides: Sequence[str]) -> dict[str, Any]:
     new = dict(leaves(_composed([o for o in before if _key(o) not in asked] + list(overrides))))
     done = {f"transfer.stages.{stage['name']}.epochs" for stage in folder.record["stages"]}
     for key in sorted(old.keys() | new.keys()):
-        if key in old and key in new and old[key] == new[key]:
+        if key in old and key in new and repr(old[key]) == repr(new[key]):  # 1 batch is not 1.0
             continue
         if key in done and key not in asked:
             continue  # it follows another key, and has its epochs behind it
@@ -180,7 +180,7 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     now = dict(leaves(config))
     for key, value in leaves(checkpoint["graft"]["config"]):
-        if now.get(key) != value:  # somebody has edited config.yaml
+        if repr(now.get(key)) != repr(value):  # somebody has edited config.yaml
             refuse(key)
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if epochs > stage["epochs"]:
