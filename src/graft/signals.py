@@ -97,8 +97,7 @@ class StopSignals:
             raise
 
     def _lost_rank(self) -> str | None:
-        processes = [process for launcher in self.launchers for process in launcher.procs]
-        for rank, process in enumerate(processes, start=1):
+        for rank, process in enumerate(self._ranks(), start=1):
             with suppress(subprocess.TimeoutExpired):  # the connection ends just before the process
                 code = process.wait(timeout=0.2)
                 if code > 0:
@@ -109,10 +108,17 @@ class StopSignals:
                     return f"rank {rank} was ended by {name}{hint}"
         return None
 
-    def kill_ranks(self) -> None:
-        """They may wait in a collective for this rank, for ever."""
-        for launcher in self.launchers:
-            launcher.kill(signal.SIGKILL)
+    def end_ranks(self, *, kill: bool) -> None:
+        """Leave none behind. To be killed: they may wait in a collective for this rank, for ever."""
+        for process in self._ranks():
+            if kill:
+                process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+
+    def _ranks(self) -> list[subprocess.Popen[bytes]]:
+        """The further ones that this rank has started."""
+        return [process for launcher in self.launchers for process in launcher.procs]
 
 
 def slurm_job() -> str | None:

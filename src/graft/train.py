@@ -110,13 +110,12 @@ def recorded(
                 # To Lightning, another rank's code above 0 is a crash, after which it kills the
                 # first one, which may not be done yet.
                 sys.exit(0)
-            if not error.agreed:
-                stop.kill_ranks()
             if folder is not None:
                 folder.finish("preempted", error=str(error), seconds=seconds())
                 report.say(f"{error}; to go on: graft resume {folder.path}")
                 if outcome := requeue(error.signum):
                     report.say(outcome)
+            stop.end_ranks(kill=not error.agreed)
             raise
         except BaseException as error:
             if folder is not None:
