@@ -109,7 +109,7 @@ class StopSignals:
         return None
 
     def end_ranks(self, *, kill: bool) -> None:
-        """Leave none behind. To be killed: they may wait in a collective for this rank, for ever."""
+        """Leave none behind; `kill`: they may wait in a collective for this rank, for ever."""
         for process in self._ranks():
             if kill:
                 process.kill()

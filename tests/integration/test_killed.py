@@ -91,6 +91,7 @@ def assert_as_whole(folder: Path, whole: Path) -> None:
         states = [read_states(root / "states", "finetune", moment) for root in (Path(), whole)]
         assert len(states[0]) == 2
         assert all(map(same, *states))
+        assert same(*states[0]), moment
 
 
 @pytest.mark.parametrize(
