@@ -180,7 +180,7 @@ class TransferModule(L.LightningModule):
         accuracy.update(logits, labels)
         return logits
 
-    def on_validation_start(self) -> None:
+    def on_validation_epoch_start(self) -> None:  # not earlier: EMA has put its average in here
         self.sync_batch_norms()
 
     def on_validation_epoch_end(self) -> None:
@@ -213,15 +213,20 @@ class TransferModule(L.LightningModule):
         DDP's own broadcast happens in every forward, also in evaluation, where ranks with unequal
         numbers of batches would wait for each other for ever; it is switched off.
         """
-        if self.trainer.world_size == 1 or self.stage is None:
-            return
+        if self.trainer.world_size > 1:
+            for buffer in self.moving_statistics():
+                buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
+
+    def moving_statistics(self) -> list[Tensor]:
+        """Means and variances of the BatchNorms that learn: between validations each rank's own."""
+        if self.stage is None:
+            return []
         moving: list[nn.Module] = [self.head]
         if self.stage.norm in MOVING:
             moving += [self.backbone.blocks.get_submodule(name) for name in self.learning]
-        for norm in (norm for module in moving for norm in batch_norms(module)):
-            for buffer in (norm.running_mean, norm.running_var):
-                if buffer is not None:
-                    buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
+        norms = [norm for module in moving for norm in batch_norms(module)]
+        buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        return [buffer for buffer in buffers if buffer is not None]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         stage = self.stage

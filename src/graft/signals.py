@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +79,53 @@ class StopSignals:
         if trainer.strategy.launcher is not None:
             self.launchers.append(trainer.strategy.launcher)
 
-    def kill_ranks(self) -> None:
-        """They may wait in a collective for this rank, for ever."""
-        for launcher in self.launchers:
-            launcher.kill(signal.SIGKILL)
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Turns the error of a collective into what is behind it: another rank that ended.
+
+        Raises:
+            Preempted: all of them were to stop, and that one did so first.
+            ChildProcessError: it was killed or failed; where this rank started the others.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.received:
+                raise Preempted(self.received) from error
+            if lost := self._lost_rank():
+                raise ChildProcessError(lost) from error
+            raise
+
+    def _lost_rank(self) -> str | None:
+        for rank, process in enumerate(self._ranks(), start=1):
+            with suppress(subprocess.TimeoutExpired):  # the connection ends just before the process
+                code = process.wait(timeout=0.2)
+                if code > 0:
+                    return f"rank {rank} ended with exit code {code}: see what it printed"
+                if code < 0:
+                    name = signal.Signals(-code).name
+                    hint = ", as the system does when memory is full" if name == "SIGKILL" else ""
+                    return f"rank {rank} was ended by {name}{hint}"
+        return None
+
+    def end_ranks(self, *, kill: bool) -> None:
+        """Leave none behind; `kill`: they may wait in a collective for this rank, for ever."""
+        for process in self._ranks():
+            if kill:
+                process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+
+    def _ranks(self) -> list[subprocess.Popen[bytes]]:
+        """The further ones that this rank has started."""
+        return [process for launcher in self.launchers for process in launcher.procs]
+
+
+def slurm_job() -> str | None:
+    """The SLURM job of this process; it stays the same when the job is requeued."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def requeue(signum: int) -> str | None:
@@ -91,11 +134,9 @@ def requeue(signum: int) -> str | None:
     On SIGUSR1 alone, the warning before the time limit (`sbatch --signal=USR1@120`): SIGTERM comes
     from `scancel`, or from a preemption after which SLURM requeues the job itself.
     """
-    job = os.environ.get("SLURM_JOB_ID")
+    job = slurm_job()
     if signum != signal.SIGUSR1 or job is None:
         return None
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     command = ["scontrol", "requeue", job]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)

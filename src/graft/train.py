@@ -69,15 +69,20 @@ def run(
     Args:
         choices: the option of each config group; that of `experiment` names the folder.
 
+    A SLURM job that was requeued goes on with the run it had begun.
+
     Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
     """
     import_libraries()
     from graft.runs.folder import RunFolder, run_name
+    from graft.runs.resume import go_on, run_of_this_job
 
+    parent = parent or Path(config["paths"]["logs"])
+    if begun := run_of_this_job(parent, overrides):
+        return go_on(begun)
     folder = None
     if is_first_process():
         name = run_name((choices or {}).get("experiment"), overrides, config["seed"])
-        parent = parent or Path(config["paths"]["logs"])
         folder = RunFolder.create(parent, name, config, overrides, choices)
     with folder.locked() if folder is not None else nullcontext():
         return recorded(config, folder)
@@ -98,19 +103,19 @@ def recorded(
 
     with StopSignals().handled() as stop:
         try:
-            metrics, _ = train(config, folder, resumed, stop)
+            with stop.blamed():
+                metrics, _ = train(config, folder, resumed, stop)
         except Preempted as error:
             if folder is None and error.agreed:
                 # To Lightning, another rank's code above 0 is a crash, after which it kills the
                 # first one, which may not be done yet.
                 sys.exit(0)
-            if not error.agreed:
-                stop.kill_ranks()
             if folder is not None:
                 folder.finish("preempted", error=str(error), seconds=seconds())
                 report.say(f"{error}; to go on: graft resume {folder.path}")
                 if outcome := requeue(error.signum):
                     report.say(outcome)
+            stop.end_ranks(kill=not error.agreed)
             raise
         except BaseException as error:
             if folder is not None:

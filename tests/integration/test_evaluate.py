@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 from graft.data.corruptions import CORRUPTIONS
 from graft.data.synthetic import Synthetic
+from graft.runs.evaluate import Settings
 from tests.conftest import TINY, Graft, compose
 
 MORE = ["data.source.per_class=40", "data.source.test_per_class=13", "trainer.max_epochs=2"]
@@ -39,9 +41,13 @@ def tuned(trained: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def evaluated(graft: Graft, run: Path, *arguments: str, name: str = "test") -> dict[str, Any]:
+    """The result, whose file is `name.json`, or `name-<hash>.json` of what has a path."""
     done = graft("eval", str(run), *arguments)
     assert done.returncode == 0, done.stderr
-    return json.loads((run / "eval" / f"{name}.json").read_text())
+    (file,) = re.findall(r"^kept in +(.+)$", done.stdout, flags=re.MULTILINE)
+    assert re.fullmatch(rf"{name}(-[0-9a-f]{{6}})?\.json", Path(file).name)
+    assert Path(file).parent == run / "eval"
+    return json.loads(Path(file).read_text())
 
 
 def error(graft: Graft, run: Path, *arguments: str) -> str:
@@ -130,6 +136,26 @@ def test_a_data_group_with_overrides_and_classes_in_another_order(
     assert shuffled["metrics"] == pytest.approx(own["metrics"])
     assert [*shuffled["per_class"]] == checkpoint["graft"]["classes"]
     assert shuffled["per_class"] == own["per_class"]
+
+
+def test_results_of_folders_with_the_same_name_are_all_kept(
+    graft: Graft, tuned: Path, tmp_path: Path
+) -> None:
+    """However the folder is written; overrides of equal value too."""
+    for site in ("a", "b"):
+        class_folders(tmp_path / site / "photos")
+    for path in ("a/photos", "b/photos/", str(tmp_path / "a" / "photos")):
+        evaluated(graft, tuned, "--data", path, "--limit", "8", name="data_photos_limit8")
+    assert len([*(tuned / "eval").glob("data_photos*.json")]) == 2
+    sources = {json.loads(p.read_text())["source"]["root"] for p in (tuned / "eval").glob("*.json")}
+    assert sources == {str(tmp_path / site / "photos") for site in ("a", "b")}
+    names = {
+        Settings(data=["synthetic", f"data.source.{key}=4"]).name
+        for key in ("classes", "per_class")
+    }
+    assert len(names) == 2
+    assert Settings(data=["cifar10"]).name == "data_cifar10"
+    assert Settings(ckpt="last").name == "test_last"
 
 
 def test_last_mirror_and_limit(graft: Graft, tuned: Path) -> None:

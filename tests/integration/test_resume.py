@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import csv
+import os
+import signal
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,128 +14,18 @@ import torch
 from graft.module import TransferModule
 from graft.runs.folder import RunFolder
 from graft.transfer.last_checkpoint import LastCheckpoint
-from tests.conftest import TINY, Graft, equal, same
-
-# Five batches an epoch. Dropout draws from torch's own state; the rate changes in every step.
-BASE = [
-    *TINY, "trainer.max_epochs=3",
-    "trainer.checkpoint_every_n_steps=2", "trainer.log_every_n_steps=1", "optimizer.lr=0.05",
-]  # fmt: skip
-MLP = ["head=mlp", "head.hidden=16", "head.dropout=0.3"]
-SECOND = "+transfer.stages.second={trainable: 2, epochs: 3, lr: 0.01, ema: 0.9, norm: train}"
-RUNS: dict[str, list[str]] = {
-    "fine-tuning": MLP,
-    "workers": [
-        *MLP, "data.num_workers=2", "sample_transform=rand_augment",
-        "data.sample_transform.magnitude=3",
-    ],
-    "two stages": [*MLP, "transfer=linear_probe", "head.norm=standardize", SECOND],
-    "grid": [
-        *MLP, "transfer=linear_probe", "head.dropout=0", SECOND,
-        "head.grid={lr:[0.001,0.1],seed:[0,1]}",
-    ],
-    "solver": ["head=linear", "transfer=ridge_probe", SECOND],
-    "lora": [*MLP, "transfer=lora", "transfer.stages.finetune.lora.rank=2"],
-    "accumulation": [
-        *MLP, "trainer.accumulate_grad_batches=2", "trainer.checkpoint_every_n_steps=1",
-        "transfer=ema", "transfer.stages.finetune.ema=0.9",
-    ],
-    "early stopping": [*MLP, "callbacks=early_stopping", "callbacks.early_stopping.patience=1"],
-}  # fmt: skip
-
-
-class Crash(Exception):
-    pass
-
-
-Break = Callable[..., None]
-
-
-@pytest.fixture
-def break_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
-    """`break_at(TransferModule, "training_step", 3)`: the third call raises, later ones don't."""
-
-    def plan(owner: Any, method: str, number: int, *, after: bool = False, do: Any = None) -> None:
-        original = getattr(owner, method)
-        calls = 0
-
-        def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            result = original(self, *args, **kwargs) if after or calls != number else None
-            if calls == number:
-                if do is None:
-                    raise Crash
-                do()
-                return result if after else original(self, *args, **kwargs)
-            return result
-
-        monkeypatch.setattr(owner, method, broken)
-
-    yield plan
-    monkeypatch.undo()
-
-
-class Runs:
-    """Whole runs, made once; and stopped ones to compare with them."""
-
-    def __init__(self, graft: Graft, tmp_path: Path, shared: Path) -> None:
-        self.graft, self.tmp_path, self.shared = graft, tmp_path, shared
-
-    def whole(self, kind: str) -> Path:
-        kept = self.shared / kind.replace(" ", "_")
-        if not kept.exists():
-            done = self.graft("train", *BASE, *RUNS[kind], f"paths.logs={self.tmp_path / 'whole'}")
-            assert done.returncode == 0, done.stderr
-            (folder,) = (self.tmp_path / "whole").iterdir()
-            shutil.copytree(folder, kept)
-        return kept
-
-    def start(self, kind: str, *overrides: str) -> tuple[Path, int]:
-        """The folder of a run that ends early, and the exit code."""
-        logs = self.tmp_path / "stopped"
-        code = self.graft("train", *BASE, *RUNS[kind], *overrides, f"paths.logs={logs}").returncode
-        (folder,) = logs.iterdir()
-        return folder, code
-
-    def resume(self, folder: Path, *overrides: str) -> str:
-        done = self.graft("resume", str(folder), *overrides)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("whole")
-
-
-@pytest.fixture
-def runs(graft: Graft, tmp_path: Path, shared: Path) -> Runs:
-    return Runs(graft, tmp_path, shared)
-
-
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text())
-
-
-def assert_equal(resumed: Path, whole: Path) -> None:
-    """Weights, optimizers, counters, metrics, every logged row."""
-    assert record(resumed)["status"] == "done"
-    for key in ("metrics", "head"):
-        assert record(resumed).get(key) == record(whole).get(key)
-    stages = [[{**s, "seconds": 0} for s in record(run)["stages"]] for run in (resumed, whole)]
-    assert stages[0] == stages[1]
-    files = [sorted(p.relative_to(run) for p in run.rglob("*.ckpt")) for run in (resumed, whole)]
-    assert files[0] == files[1]
-    for file in files[0]:
-        a, b = (torch.load(run / file, weights_only=True) for run in (resumed, whole))
-        assert same(a["state_dict"], b["state_dict"]), file
-        for key in ("epoch", "global_step", "optimizer_states", "lr_schedulers", "loops"):
-            if key == "loops":  # what it counts in this process alone is not part of it
-                a, b = ({**c, "loops": c["loops"]["fit_loop"]["epoch_progress"]} for c in (a, b))
-            assert equal(a[key], b[key]), (file, key)
-    assert (resumed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-
+from graft.transfer.schedules import one_cycle
+from tests.integration.conftest import (
+    BASE,
+    MLP,
+    RUNS,
+    Break,
+    Crash,
+    Runs,
+    assert_equal,
+    curves,
+    record,
+)  # fmt: skip
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "before anything is saved": (TransferModule, "training_step", 2, False),
@@ -206,3 +96,129 @@ def test_a_run_that_crashes_again_and_again(
     assert attempts >= 3
     assert broken == {stage["name"] for stage in record(folder)["stages"]}
     assert_equal(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "number", "signum"),
+    [
+        (TransferModule, "training_step", 8, signal.SIGUSR1),
+        (TransferModule, "training_step", 10, signal.SIGTERM),
+        (TransferModule, "validation_step", 2, signal.SIGTERM),
+    ],
+)
+def test_a_signal_saves_at_the_next_batch_or_epoch_and_stops(
+    runs: Runs, break_at: Break, owner: Any, method: str, number: int, signum: signal.Signals
+) -> None:
+    """Not at the end of the run, and not without what was trained since the last checkpoint."""
+    whole = runs.whole("fine-tuning")
+    break_at(owner, method, number, do=lambda: os.kill(os.getpid(), signum))
+    folder, code = runs.start("fine-tuning", "trainer.checkpoint_every_n_steps=null")
+    assert code == 128 + signum
+    assert record(folder)["status"] == "preempted"
+    assert record(folder)["error"] == f"stopped by {signum.name}"
+    last = torch.load(folder / "checkpoints" / "finetune" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == {8: 8, 10: 10, 2: 10}[number]
+    assert "after" in runs.resume(folder)
+    assert_equal(folder, whole)
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("method", ["start_stage", "test_step"])
+def test_a_signal_outside_of_training_stops_at_once(
+    runs: Runs, break_at: Break, method: str
+) -> None:
+    whole = runs.whole("fine-tuning")
+    break_at(TransferModule, method, 1, do=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    folder, code = runs.start("fine-tuning")
+    assert code == 143
+    assert record(folder)["status"] == "preempted"
+    runs.resume(folder)
+    assert_equal(folder, whole)
+
+
+def test_checkpoints_by_time(runs: Runs, break_at: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves 40 s a look: one checkpoint in two batches, with one minute."""
+    looks = iter(range(0, 10_000, 40))
+    clock = mock.Mock(monotonic=lambda: next(looks))
+    monkeypatch.setattr("graft.transfer.last_checkpoint.time", clock)
+    break_at(TransferModule, "training_step", 5)
+    minutes = ["trainer.checkpoint_every_n_steps=null", "trainer.checkpoint_every_n_minutes=1"]
+    folder, _ = runs.start("fine-tuning", *minutes)
+    last = torch.load(folder / "checkpoints" / "finetune" / "last.ckpt", weights_only=True)
+    assert 0 < last["global_step"] < 5
+
+
+def test_tensorboard_shows_each_step_once(runs: Runs, break_at: Break) -> None:
+    logs = {}
+    for name in ("whole", "stopped"):
+        if name == "stopped":
+            break_at(TransferModule, "training_step", 24)  # nine steps into the second stage
+        runs.tmp_path = runs.tmp_path / name
+        folder, code = runs.start("grid", "logger=default")
+        if name == "stopped":
+            assert code == 1
+            runs.resume(folder)
+        logs[name] = folder
+    assert curves(logs["stopped"]) == curves(logs["whole"])
+    assert len(curves(logs["whole"])["val/acc"]) == 6
+
+
+def test_a_longer_run_than_planned(runs: Runs, break_at: Break) -> None:
+    """The same as if it had been planned so, where the schedule does not depend on its length."""
+    constant = ["scheduler=constant", "trainer.checkpoint_every_n_steps=null"]
+    logs = runs.tmp_path / "longer"
+    overrides = [*BASE, *MLP, *constant, "trainer.max_epochs=5", f"paths.logs={logs}"]
+    assert runs.graft("train", *overrides).returncode == 0
+    (whole,) = logs.iterdir()
+    break_at(TransferModule, "training_step", 13)
+    folder, _ = runs.start("fine-tuning", *constant)
+    runs.resume(folder, "trainer.max_epochs=5", "trainer.log_every_n_steps=1")
+    assert_equal(folder, whole)
+    assert "epochs: 5" in (folder / "config.yaml").read_text()
+    assert (folder / "overrides.yaml").read_text().splitlines()[-2] == "- trainer.max_epochs=5"
+
+
+def test_another_length_changes_the_rate_at_once(runs: Runs, break_at: Break) -> None:
+    break_at(TransferModule, "training_step", 11)
+    folder, _ = runs.start("fine-tuning")
+    runs.resume(folder, "trainer.max_epochs=6")
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    column = next(name for name in rows[0] if name.startswith("lr-"))
+    rates = {int(row["step"]): float(row[column]) for row in rows if row[column]}
+    plan = [one_cycle(step, 30) * 0.05 for step in range(30)]
+    assert [rates[step] for step in range(10, 30)] == pytest.approx(plan[10:])
+    assert rates[9] == pytest.approx(one_cycle(9, 15) * 0.05)
+
+
+def test_a_run_folder_that_was_moved(runs: Runs, break_at: Break) -> None:
+    whole = runs.whole("two stages")
+    break_at(TransferModule, "training_step", 24)
+    folder, _ = runs.start("two stages")
+    moved = folder.rename(runs.tmp_path / "moved")
+    runs.resume(moved)
+    assert_equal(moved, whole)
+
+
+def test_a_requeued_slurm_job_goes_on_with_the_run_it_began(
+    runs: Runs, break_at: Break, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with that of another job, or of the same one with other overrides."""
+    whole = runs.whole("fine-tuning")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    break_at(TransferModule, "training_step", 8)
+    folder, _ = runs.start("fine-tuning")
+    logs = folder.parent
+    command = ["train", *BASE, *MLP, f"paths.logs={logs}"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    break_at(TransferModule, "training_step", 1)
+    assert runs.graft(*command, "seed=1").returncode == 1
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    break_at(TransferModule, "training_step", 1)
+    assert runs.graft(*command).returncode == 1
+    assert len([*logs.iterdir()]) == 3
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert runs.graft(*command).returncode == 0
+    assert_equal(folder, whole)
+    assert "is finished" in runs.graft(*command).stdout
+    assert len([*logs.iterdir()]) == 3

@@ -103,3 +103,16 @@ def test_the_peak_of_a_job_is_its_own() -> None:
     assert after is not None
     assert large - before > 0.9 * size / 1e6
     assert large - after > 0.9 * size / 1e6
+
+
+def test_a_resumed_run_keeps_the_larger_of_its_peaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder.create(tmp_path, "run", {}, [])
+    peaks = iter([900.0, 700.0])
+    monkeypatch.setattr(
+        resources, "peak_memory", lambda: {"memory_mb": next(peaks), "gpu_memory_mb": None}
+    )
+    run.finish("preempted")
+    run.finish("done")
+    assert (run.record["memory_mb"], run.record["gpu_memory_mb"]) == (900.0, None)

@@ -86,3 +86,15 @@ def test_two_ranks_share_a_longer_epoch_as_one_process_does() -> None:
     single = order(batch_size=8, **kwargs)
     ranks = [order(batch_size=4, rank=r, world_size=2, **kwargs) for r in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(b) for b in single]
+
+
+def test_an_interrupted_epoch_goes_on_where_it_was_when_iteration_starts() -> None:
+    """Asked at `iter`, not at the first batch: a loader's workers fetch ahead of it."""
+    now = [0]
+    sampler = BatchOrder(20, 4, shuffle=True, first=lambda: now[0])
+    whole = list(sampler)
+    now[0] = 3
+    rest = iter(sampler)
+    now[0] = 0
+    assert list(rest) == whole[3:]
+    assert len(sampler) == 5

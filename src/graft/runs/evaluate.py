@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -47,13 +48,25 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Of the result's files: other settings have other names."""
+        """Of the result's files: other settings have other names, other folders of one name too."""
         words = ["corruptions" if self.corruptions else "data" if self.data else "test"]
         words += [word.rpartition("=")[2].rstrip("/").rpartition("/")[2] for word in self.data]
         words += [Path(self.ckpt).stem] if self.ckpt != "best" else []
         words += ["mirror"] if self.mirror else []
         words += [f"limit{self.limit}"] if self.limit else []
-        return re.sub(r"[^\w.-]+", "-", "_".join(words))
+        name = re.sub(r"[^\w.-]+", "-", "_".join(words))
+        given = [*self.data, *([self.ckpt] if self.ckpt not in ("best", "last") else [])]
+        exact = [_with_whole_path(word) for word in given]
+        if len(exact) > 1 or any("/" in word for word in exact):
+            name += f"-{hashlib.sha256(chr(0).join(exact).encode()).hexdigest()[:6]}"
+        return name
+
+
+def _with_whole_path(word: str) -> str:
+    """Of what there is in the file system, as `word` or as the value of an override."""
+    key, equals, value = word.rpartition("=")
+    path = Path(value).expanduser()
+    return f"{key}{equals}{path.resolve()}" if path.exists() else word
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from graft.runs import resources
+from graft.signals import slurm_job
 
 FORMAT = 2  # 1 did not record what resuming and comparing need
 LOCK_SECONDS = 10.0  # workers of a run that was killed hold its lock until they notice
@@ -88,6 +89,7 @@ class RunFolder:
             git_dirty=bool(diff) if commit else None,
             overrides=list(overrides),
             choices=dict(choices or {}),
+            slurm_job=slurm_job(),
             config=config,
         )
         resources.reset_peak()
@@ -152,7 +154,10 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(ordered, indent=2) + "\n")
 
     def finish(self, status: str, **fields: Any) -> None:
-        self.update(status=status, finished=_now(), **resources.peak_memory(), **fields)
+        peaks = resources.peak_memory()
+        for key, before in ((key, self.record.get(key)) for key in peaks):
+            peaks[key] = max(peaks[key] or 0, before or 0) or None  # of a resumed run, the largest
+        self.update(status=status, finished=_now(), **peaks, **fields)
 
 
 def run_name(experiment: str | None, overrides: Sequence[str], seed: int) -> str:

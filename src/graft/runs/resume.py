@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.config import CONFIGS, check, leaves
 from graft.runs.folder import RunFolder
+from graft.signals import slurm_job
 from graft.train import entry, is_first_process, recorded
 
 if TYPE_CHECKING:
@@ -40,33 +43,52 @@ def main() -> None:
         prog="graft resume", description="Go on with a run that was stopped, in its own folder."
     )
     parser.add_argument("run", type=Path, help="its folder")
-    parser.add_argument("overrides", nargs="*", help="like trainer.max_epochs=20")
+    parser.add_argument("overrides", nargs="*", default=[], help="like trainer.max_epochs=20")
     arguments = parser.parse_args()
-    folder = RunFolder.open(arguments.run)
+    go_on(arguments.run, arguments.overrides)
+
+
+def go_on(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Run what is left of a run; its metrics, also of one that is done."""
+    folder = RunFolder.open(path)
     if is_done(folder):
-        return
+        return folder.record["metrics"]
 
     # What Lightning starts as further ranks of this command reads what the first one has written.
     first = is_first_process()
     with folder.locked() if first else nullcontext():
         if first:
-            folder = RunFolder.open(arguments.run)
+            folder = RunFolder.open(path)
             if is_done(folder):  # by whom we waited for
-                return
-        config = changed(folder, arguments.overrides)
+                return folder.record["metrics"]
+        config = changed(folder, overrides)
         resumed = progress(folder, config, tell=print if first else lambda text: None)
         if first:
             folder.write("config.yaml", config)
-            folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *arguments.overrides])
+            folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *overrides])
             (folder.path / "error.log").unlink(missing_ok=True)
             folder.update(status="running", finished=None, error=None, config=config)
-        recorded(config, folder if first else None, resumed)
+        return recorded(config, folder if first else None, resumed)
+
+
+def run_of_this_job(logs: Path, overrides: Sequence[str]) -> Path | None:
+    """The run that this SLURM job had begun with these overrides before it was requeued."""
+    job = slurm_job()
+    if job is None or int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        return None
+    for path in sorted(logs.glob("*/run.json"), reverse=True):
+        with suppress(ValueError, OSError):  # not what we look for
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if (record.get("slurm_job"), record.get("overrides")) == (job, list(overrides)):
+                return path.parent
+    return None
 
 
 def is_done(folder: RunFolder) -> bool:
     if folder.record["status"] != "done":
         return False
-    print(f"{folder.path} is finished: there is nothing to resume")
+    if is_first_process():
+        print(f"{folder.path} is finished: there is nothing to resume")
     return True
 
 
@@ -79,6 +101,9 @@ def changed(folder: RunFolder, overrides: Sequence[str]) -> dict[str, Any]:
     config = folder.read("config.yaml")
     if not overrides:
         return config
+    for override in overrides:
+        if _key(override) in REASONS:  # what is set within it may not fit another choice
+            refuse(_key(override))
     before = folder.read("overrides.yaml")
     asked = {_key(override) for override in overrides}
     # The config of the run is resolved: what an override leads to is what it changes in the
@@ -87,7 +112,7 @@ def changed(folder: RunFolder, overrides: Sequence[str]) -> dict[str, Any]:
     new = dict(leaves(_composed([o for o in before if _key(o) not in asked] + list(overrides))))
     done = {f"transfer.stages.{stage['name']}.epochs" for stage in folder.record["stages"]}
     for key in sorted(old.keys() | new.keys()):
-        if key in old and key in new and old[key] == new[key]:
+        if key in old and key in new and repr(old[key]) == repr(new[key]):  # 1 batch is not 1.0
             continue
         if key in done and key not in asked:
             continue  # it follows another key, and has its epochs behind it
@@ -155,7 +180,7 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     now = dict(leaves(config))
     for key, value in leaves(checkpoint["graft"]["config"]):
-        if now.get(key) != value:  # somebody has edited config.yaml
+        if repr(now.get(key)) != repr(value):  # somebody has edited config.yaml
             refuse(key)
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if epochs > stage["epochs"]:

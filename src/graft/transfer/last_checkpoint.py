@@ -9,20 +9,23 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 from torchmetrics import Metric
 
 from graft.loggers import flush
 from graft.signals import Preempted, StopSignals
 from graft.transfer.checkpoint import LAST
+
+if TYPE_CHECKING:
+    from graft.module import TransferModule
 
 SAVE = 1  # less than any signal's number: what ranks agree on is the largest wish
 
@@ -83,6 +86,9 @@ class LastCheckpoint(L.Callback):
         if self.resumed is not None:  # not earlier: Lightning's own start must not draw from it
             set_random_states(self.resumed["random"])
             set_metric_states(pl_module, self.resumed["metrics"])
+            own = _own_statistics(trainer, pl_module)
+            for buffer, saved in zip(own, self.resumed["statistics"], strict=True):
+                buffer.copy_(saved)
             self.resumed = None
         # With accumulated gradients a step is not done, and they are not saved.
         if batch_idx > 0 and batch_idx % trainer.accumulate_grad_batches == 0:
@@ -130,7 +136,11 @@ class LastCheckpoint(L.Callback):
     ) -> None:
         if not self.saving:  # of another callback, not to be resumed from
             return
-        own = {"random": random_states(), "metrics": metric_states(pl_module)}
+        own = {
+            "random": random_states(),
+            "metrics": metric_states(pl_module),
+            "statistics": [buffer.cpu() for buffer in _own_statistics(trainer, pl_module)],
+        }
         ranks = [own] * trainer.world_size
         if trainer.world_size > 1:
             dist.all_gather_object(ranks, own, group=self.group)
@@ -158,6 +168,16 @@ class LastCheckpoint(L.Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath:
                 _move(checkpoint["callbacks"][callback.state_key], callback.dirpath)
+
+
+def _own_statistics(trainer: L.Trainer, pl_module: L.LightningModule) -> list[torch.Tensor]:
+    """What ranks differ in, of the module and of its average: a checkpoint has the first's."""
+    if trainer.world_size == 1:
+        return []
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [c._average_model for c in callbacks if isinstance(c, WeightAveraging)]
+    modules = [pl_module, *(average.module for average in averages if average is not None)]
+    return [b for module in modules for b in cast("TransferModule", module).moving_statistics()]
 
 
 def _apply_schedule(scheduler: Any) -> None:
