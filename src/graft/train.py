@@ -21,7 +21,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from graft.config import CONFIGS, check, explain, make
+from graft.config import CONFIGS, check, chosen_options, explain, make
+from graft.runs.sweep import failures
 from graft.signals import Preempted, StopSignals, requeue
 
 if TYPE_CHECKING:
@@ -29,12 +30,10 @@ if TYPE_CHECKING:
     from graft.runs.folder import RunFolder
     from graft.transfer.stages import Resumed, Stage, StageResult
 
-failures: list[str] = []  # of the jobs of this process: a job that fails does not end a sweep
-
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(config: DictConfig) -> float:
-    """One job. Returns the best validation accuracy, which is what a sweep optimises."""
+    """One run; the jobs of a sweep are started by our launchers."""
     overrides = list(HydraConfig.get().overrides.task)
     try:
         return job(config, overrides)
@@ -49,20 +48,18 @@ def main(config: DictConfig) -> float:
 def job(config: DictConfig, overrides: list[str]) -> float:
     plain = check(config)  # before torch is imported
     hydra_config = HydraConfig.get()
-    parent = Path(plain["paths"]["logs"])
     if hydra_config.mode == RunMode.MULTIRUN:
-        parent = Path(hydra_config.sweep.dir)
-    chosen = hydra_config.runtime.choices.items()
-    choices = {group: option for group, option in chosen if group.isidentifier()}  # not `a/b@c`
-    return run(plain, overrides, choices, parent=parent)["val/acc"]
+        raise ValueError(
+            f"hydra/launcher={hydra_config.runtime.choices['hydra/launcher']}: sweeps run with "
+            "hydra/launcher=in_process, processes or slurm"
+        )
+    return run(plain, overrides, chosen_options(hydra_config.runtime.choices))["val/acc"]
 
 
 def run(
     config: dict[str, Any],
     overrides: list[str],
     choices: Mapping[str, str | None] | None = None,
-    *,
-    parent: Path | None = None,
 ) -> dict[str, float]:
     """Train what a resolved config describes, in a run folder of its own.
 
@@ -77,8 +74,8 @@ def run(
     folder = None
     if is_first_process():
         name = run_name((choices or {}).get("experiment"), overrides, config["seed"])
-        parent = parent or Path(config["paths"]["logs"])
-        folder = RunFolder.create(parent, name, config, overrides, choices)
+        logs = Path(config["paths"]["logs"])
+        folder = RunFolder.create(logs, name, config, overrides, choices)
     with folder.locked() if folder is not None else nullcontext():
         return recorded(config, folder)
 
@@ -90,6 +87,8 @@ def recorded(
     from graft import report
 
     quiet_libraries()
+    if folder is not None:
+        folder.start()
     started = time.perf_counter()
     before = folder.record.get("seconds", 0.0) if folder is not None else 0.0
 
@@ -289,6 +288,7 @@ def entry(command: Callable[[], Any] = main) -> None:
     """Run a command, with errors in one line and an exit code that is not zero."""
     if os.environ.get("HYDRA_FULL_ERROR") != "1":  # the user's own 1 shows all of a traceback
         os.environ |= {"HYDRA_FULL_ERROR": "1", "GRAFT_SHORT_ERRORS": "1"}  # Hydra then raises
+    failures.clear()
     try:
         command()
     except KeyboardInterrupt:

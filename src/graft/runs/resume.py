@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from graft.config import CONFIGS, check, leaves
 from graft.runs.folder import RunFolder
-from graft.train import entry, is_first_process, recorded
+from graft.runs.sweep import SWEEP, start_again
+from graft.train import entry, import_libraries, is_first_process, recorded
 
 if TYPE_CHECKING:
     from graft.transfer.stages import Resumed
@@ -37,29 +38,41 @@ REASONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="graft resume", description="Go on with a run that was stopped, in its own folder."
+        prog="graft resume",
+        description="Go on with a run that was stopped, in its own folder; or with a sweep, whose "
+        "jobs that are not done are resumed or run.",
     )
-    parser.add_argument("run", type=Path, help="its folder")
+    parser.add_argument("run", type=Path, help="its folder, or that of a sweep")
     parser.add_argument("overrides", nargs="*", help="like trainer.max_epochs=20")
     arguments = parser.parse_args()
-    folder = RunFolder.open(arguments.run)
+    if (arguments.run / SWEEP).is_file():
+        start_again(arguments.run, arguments.overrides)
+    else:
+        go_on(arguments.run, arguments.overrides)
+
+
+def go_on(path: Path, overrides: Sequence[str] = ()) -> None:
+    """Run what is left of the run in this folder; of one that is queued, everything."""
+    folder = RunFolder.open(path)
     if is_done(folder):
         return
+    import_libraries()
 
     # What Lightning starts as further ranks of this command reads what the first one has written.
     first = is_first_process()
     with folder.locked() if first else nullcontext():
         if first:
-            folder = RunFolder.open(arguments.run)
+            folder = RunFolder.open(path)
             if is_done(folder):  # by whom we waited for
                 return
-        config = changed(folder, arguments.overrides)
-        resumed = progress(folder, config, tell=print if first else lambda text: None)
+        config = changed(folder, overrides)
+        heard = first and folder.record["status"] != "queued"
+        resumed = progress(folder, config, tell=print if heard else lambda text: None)
         if first:
             folder.write("config.yaml", config)
-            folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *arguments.overrides])
+            folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *overrides])
             (folder.path / "error.log").unlink(missing_ok=True)
-            folder.update(status="running", finished=None, error=None, config=config)
+            folder.update(config=config)
         recorded(config, folder if first else None, resumed)
 
 
