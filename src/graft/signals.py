@@ -34,6 +34,14 @@ class Preempted(BaseException):
         self.agreed = agreed
 
 
+class Pruned(Exception):
+    """The pruner of a sweep gave this run up; every rank knows."""
+
+    def __init__(self, epoch: int, best: float) -> None:
+        super().__init__(f"pruned after {epoch + 1} epochs")
+        self.best = best
+
+
 class StopSignals:
     """Remembers a signal while a stage trains; raises `Preempted` at once at any other time.
 

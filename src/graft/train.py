@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from graft.config import CONFIGS, check, chosen_options, explain, make
 from graft.runs.sweep import failures
-from graft.signals import Preempted, StopSignals, requeue
+from graft.signals import Preempted, Pruned, StopSignals, requeue
 
 if TYPE_CHECKING:
     from graft.module import TransferModule
@@ -111,6 +111,13 @@ def recorded(
                 if outcome := requeue(error.signum):
                     report.say(outcome)
             raise
+        except Pruned as error:
+            if folder is None:
+                sys.exit(0)  # as above
+            folder.finish(
+                "pruned", error=str(error), metrics={"val/acc": error.best}, seconds=seconds()
+            )
+            return folder.record["metrics"]
         except BaseException as error:
             if folder is not None:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)

@@ -22,7 +22,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from graft.runs import resources
 
-STATUSES = ("queued", "running", "done", "failed", "preempted")
+STATUSES = ("queued", "running", "done", "failed", "preempted", "pruned")
+FINAL = ("done", "pruned")
 FORMAT = 2  # 1 did not record what resuming and comparing need
 LOCK_SECONDS = 10.0  # workers of a run that was killed hold its lock until they notice
 DIFF_LIMIT = 1_000_000  # bytes of git.diff

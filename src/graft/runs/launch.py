@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.status import Status
 
 from graft.config import check, chosen_options
-from graft.runs.folder import RunFolder, run_name
+from graft.runs.folder import FINAL, RunFolder, run_name
 from graft.runs.records import read_run, run_folders
 from graft.runs.sweep import failures, prepare, summarise
 from graft.signals import Preempted, StopSignals, requeue
@@ -114,7 +114,8 @@ class SweepLauncher(Launcher):
         composed = [self.compose(overrides) for overrides in job_overrides]  # or none is run
         with self.locked():
             jobs = [self.queue(initial_job_idx + i, *parts) for i, parts in enumerate(composed)]
-            self.run(jobs, len(jobs))
+            left = [job for job in jobs if job.status not in FINAL]
+            self.run(left, len(jobs), skipped=len(jobs) - len(left))
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=job.score) for job in jobs]
 
     def compose(self, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
@@ -163,14 +164,24 @@ class SweepLauncher(Launcher):
             self.lock.release()
 
     def run(
-        self, jobs: Iterable[Job], total: int, ended: Callable[[Job], Any] = lambda job: None
+        self,
+        jobs: Iterable[Job],
+        total: int,
+        ended: Callable[[Job], Any] = lambda job: None,
+        skipped: int = 0,
     ) -> None:
         """Run jobs as devices become free; `jobs` is asked for the next one only then.
+
+        Args:
+            total: how many there are, with those `skipped`, which ended earlier.
+            ended: called with each of `jobs` that has ended.
 
         Raises:
             Preempted: a signal, or Ctrl-C. Nothing is started any more, what ran is saved.
         """
-        progress = Progress(total)
+        progress = Progress(total, skipped)
+        if skipped:
+            console.print(f"sweep     {skipped} of {total} jobs have ended earlier")
         running: list[Job] = []
         with StopSignals().handled() as stop, progress.shown(live=self.runner.quiet):
             try:
@@ -201,8 +212,8 @@ class SweepLauncher(Launcher):
                 waiting = waiting or next(jobs, None)
                 if waiting is None:
                     more = False
-                elif waiting.status == "done":
-                    progress.skip()
+                elif waiting.status in FINAL:
+                    progress.skipped += 1
                     ended(waiting)
                     waiting = None
                 elif self.runner.start(waiting):
@@ -223,10 +234,10 @@ class SweepLauncher(Launcher):
 class Progress:
     """A line as each job ends; on a terminal also one that stays at the bottom."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, skipped: int) -> None:
         self.total = total
+        self.skipped = skipped
         self.ended: Counter[str] = Counter()
-        self.skipped = 0
         self.failed: list[str] = []
         self.started = time.monotonic()
         self.status: Status | None = None
@@ -240,9 +251,6 @@ class Progress:
         else:
             yield
 
-    def skip(self) -> None:
-        self.skipped += 1
-
     def end(self, job: Job, running: int) -> None:
         record = job.folder.record
         self.ended[job.status] += 1
@@ -251,7 +259,7 @@ class Progress:
             for name in SHOWN
             if name in record["metrics"]
         ]
-        if job.status not in ("done", "pruned"):
+        if job.status not in FINAL:
             what = [record.get("error") or "another process is at it"]
             self.failed.append(job.label)
         count = f"{self.skipped + self.ended.total()}/{self.total}"

@@ -81,7 +81,7 @@ class Processes:
         return count or len(set(self.slots))
 
     def is_free(self) -> bool:
-        return bool(self.free)
+        return bool(self.free) or not self.slots  # which the first job decides
 
     def start(self, job: Job) -> bool:
         wanted = self.wanted(job.trainer)

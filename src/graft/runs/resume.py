@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.config import CONFIGS, check, leaves
-from graft.runs.folder import RunFolder
+from graft.runs.folder import FINAL, RunFolder
 from graft.runs.sweep import SWEEP, start_again
 from graft.train import entry, import_libraries, is_first_process, recorded
 
@@ -77,9 +77,10 @@ def go_on(path: Path, overrides: Sequence[str] = ()) -> None:
 
 
 def is_done(folder: RunFolder) -> bool:
-    if folder.record["status"] != "done":
+    status = folder.record["status"]
+    if status not in FINAL:
         return False
-    print(f"{folder.path} is finished: there is nothing to resume")
+    print(f"{folder.path} is {'finished' if status == 'done' else status}: nothing to resume")
     return True
 
 
