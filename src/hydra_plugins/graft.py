@@ -62,7 +62,7 @@ class Optuna(Sweeper):
         try:
             from graft.runs.study import search
         except ImportError as error:
-            raise ValueError("hydra/sweeper=optuna needs Optuna: install graft[optuna]") from error
+            raise ValueError("hydra/sweeper=optuna needs Optuna: pip install optuna") from error
         assert isinstance(self.launcher, SweepLauncher)
         overrides = self.parser.parse_overrides([*self.params, *arguments])
         search(self.launcher, overrides, self.n_trials, pruner=self.pruner, **self.settings)

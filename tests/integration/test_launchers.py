@@ -114,6 +114,20 @@ def test_a_mistake_in_any_job_is_found_before_the_first_one(
     assert not records(tmp_path / "sweep")
 
 
+@pytest.mark.parametrize(
+    ("choice", "package"), [("launcher=slurm", "submitit"), ("sweeper=optuna", "optuna")]
+)
+def test_what_is_not_installed_is_named(
+    graft: Graft, monkeypatch: pytest.MonkeyPatch, choice: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "graft.runs.study", raising=False)
+    done = graft("train", "-m", *TINY, f"hydra/{choice}", "seed=0,1")
+    assert done.returncode == 1
+    assert f"graft: error: hydra/{choice} needs" in done.stderr
+    assert f"pip install {package}\n" in done.stderr
+
+
 def test_another_launcher_is_refused(graft: Graft, tmp_path: Path) -> None:
     """Hydra's own would start ranks that run the whole sweep."""
     folder = tmp_path / "sweep"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,20 +17,16 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
-from rich.console import Console
-from rich.status import Status
 
 from graft.config import check, chosen_options
 from graft.runs.folder import FINAL, RunFolder, run_name
+from graft.runs.progress import Progress, console
 from graft.runs.records import read_run, run_folders
 from graft.runs.sweep import failures, prepare, summarise
 from graft.signals import Preempted, StopSignals, requeue
 
 UNENDED = ("queued", "running")  # what a process leaves that could not record its end
 POLL_SECONDS = 0.2
-SHOWN = ("val/acc", "test/acc")
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -93,10 +87,8 @@ class SweepLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        if (
-            "TORCHELASTIC_RUN_ID" in os.environ
-            or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-        ):
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+        if "TORCHELASTIC_RUN_ID" in os.environ or tasks > 1:
             raise ValueError("a sweep is one process, which starts those of its jobs: run it alone")
         self.config = config
         self.loader = hydra_context.config_loader
@@ -104,13 +96,13 @@ class SweepLauncher(Launcher):
         self.lock = FileLock(self.path / ".lock")
         self.earlier: dict[str, list[Path]] | None = None
         given = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
-        prepare(
-            self.path, [o for o in given if not o.startswith(("hydra.sweep.dir=", "hydra.mode="))]
-        )
+        own = ("hydra.sweep.dir=", "hydra.mode=")
+        prepare(self.path, [override for override in given if not override.startswith(own)])
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        console.print(f"sweep     {len(job_overrides)} jobs in {self.path}", markup=False)
         composed = [self.compose(overrides) for overrides in job_overrides]  # or none is run
         with self.locked():
             jobs = [self.queue(initial_job_idx + i, *parts) for i, parts in enumerate(composed)]
@@ -186,12 +178,13 @@ class SweepLauncher(Launcher):
         with StopSignals().handled() as stop, progress.shown(live=self.runner.quiet):
             try:
                 self._run(iter(jobs), running, progress, ended)
-            except Preempted as error:
+            except BaseException as error:
                 self.runner.stop(running)
-                print(summarise(self.path), end="")
-                print(f"{error}; to go on: graft resume {self.path}")
-                if outcome := requeue(stop.received):
-                    print(outcome)
+                if isinstance(error, Preempted):
+                    print(summarise(self.path), end="")
+                    print(f"{error}; to go on: graft resume {self.path}")
+                    if outcome := requeue(stop.received):
+                        print(outcome)
                 raise
         print(summarise(self.path), end="")
         if progress.failed:
@@ -226,57 +219,9 @@ class SweepLauncher(Launcher):
                 running.remove(job)
                 ended(job)
                 summarise(self.path)
-                progress.end(job, len(running))
+                progress.end(job.label, job.folder.record, len(running))
             if running and not over:
                 time.sleep(POLL_SECONDS)
-
-
-class Progress:
-    """A line as each job ends; on a terminal also one that stays at the bottom."""
-
-    def __init__(self, total: int, skipped: int) -> None:
-        self.total = total
-        self.skipped = skipped
-        self.ended: Counter[str] = Counter()
-        self.failed: list[str] = []
-        self.started = time.monotonic()
-        self.status: Status | None = None
-
-    @contextmanager
-    def shown(self, *, live: bool) -> Iterator[None]:
-        """Live only where nothing else writes to the terminal."""
-        if live and console.is_terminal:
-            with console.status("sweep") as self.status:
-                yield
-        else:
-            yield
-
-    def end(self, job: Job, running: int) -> None:
-        record = job.folder.record
-        self.ended[job.status] += 1
-        what = [
-            f"{name} {100 * record['metrics'][name]:.2f} %"
-            for name in SHOWN
-            if name in record["metrics"]
-        ]
-        if job.status not in FINAL:
-            what = [record.get("error") or "another process is at it"]
-            self.failed.append(job.label)
-        count = f"{self.skipped + self.ended.total()}/{self.total}"
-        seconds = f"{record['seconds']:.1f} s" if "seconds" in record else ""
-        text = "  ".join([f"[{count}]", f"{job.status:<9}", job.label, *what, seconds])
-        console.print(text, self.rest(running), markup=False)
-        if self.status is not None:
-            self.status.update(f"sweep: {count} ended {self.rest(running)}")
-
-    def rest(self, running: int) -> str:
-        """(1 failed, 2 running, 0:04:10 left)"""
-        ran = self.ended.total()
-        left = (time.monotonic() - self.started) / ran * (self.total - self.skipped - ran)
-        parts = [f"{len(self.failed)} failed"] * bool(self.failed)
-        parts += [f"{running} running"] * bool(running)
-        parts += [f"{datetime.timedelta(seconds=round(left))} left"] * bool(left)
-        return f"({', '.join(parts)})" if parts else ""
 
 
 def _identity(config: dict[str, Any]) -> str:

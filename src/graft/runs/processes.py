@@ -13,7 +13,8 @@ from contextlib import suppress
 from typing import Any
 
 from graft.config import POSITIVE_INT, explain
-from graft.runs.launch import Job, console
+from graft.runs.launch import Job
+from graft.runs.progress import console
 from graft.signals import SIGNALS
 
 # What tells a process that it is a rank, or a task of SLURM: of whoever started the sweep.

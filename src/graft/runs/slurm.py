@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.runs.launch import Job, console
+from graft.runs.launch import Job
 from graft.runs.processes import ranks
+from graft.runs.progress import console
 
 DELAY_SECONDS = 120  # between SLURM's warning and its time limit: to save in
 
@@ -29,7 +30,7 @@ class Slurm:
         try:
             import submitit
         except ImportError as error:
-            raise ValueError("hydra/launcher=slurm needs submitit: install graft[slurm]") from error
+            raise ValueError("hydra/launcher=slurm needs submitit: pip install submitit") from error
         self.new_executor = submitit.AutoExecutor
         self.n_jobs = n_jobs
         self.options = options
