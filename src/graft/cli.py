@@ -15,10 +15,12 @@ commands:
   train [OVERRIDES] [-m]   compose a config, train, test the best checkpoint
                            graft train                                    the embedded default
                            graft train experiment=cifar10_linear_probe backbone=resnet18
-                           graft train -m optimizer.lr=0.01,0.1           a sweep
+                           graft train -m optimizer.lr=0.01,0.1           a sweep; also with
+                               hydra/launcher=processes|slurm hydra/sweeper=optuna
                            graft train --help | --cfg job                 options, resolved config
   resume RUN [OVERRIDES]   go on with a run that was stopped, as if it had not been
                            graft resume logs/2026-11-24_12-00-00_quickstart_seed0
+                           graft resume logs/sweeps/2026-11-24_12-00-00   jobs not yet done
   compare [RUNS_OR_FOLDERS]
                            what differs, mean and spread over seeds, time, memory (--help: more)
   eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,11 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in node.items():
         yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def chosen_options(choices: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The option of each config group, of what Hydra tells of them: not of `a/b@c`."""
+    return {group: option for group, option in choices.items() if group.isidentifier()}
 
 
 def check(config: DictConfig) -> dict[str, Any]:

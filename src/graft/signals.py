@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: save what a run can be resumed from, then stop.
+"""SIGTERM, SIGUSR1 and Ctrl-C: save what a run can be resumed from, then stop.
 
 Lightning's own handlers save nothing, and call collectives from inside the handler, which hangs
 under DDP (Lightning#20806).
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import lightning as L
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preempted(BaseException):
@@ -32,6 +32,14 @@ class Preempted(BaseException):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
         self.agreed = agreed
+
+
+class Pruned(Exception):
+    """The pruner of a sweep gave this run up; every rank knows."""
+
+    def __init__(self, epoch: int, best: float) -> None:
+        super().__init__(f"pruned after {epoch + 1} epochs")
+        self.best = best
 
 
 class StopSignals:
@@ -60,8 +68,8 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         in_worker = os.getpid() != self.pid
-        if in_worker and signum == signal.SIGUSR1:
-            return  # SLURM warns all processes; the run is what stops
+        if in_worker and signum != signal.SIGTERM:
+            return  # SLURM warns all processes, as does a terminal; the run is what stops
         if in_worker or self.received:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)

@@ -21,20 +21,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from graft.config import CONFIGS, check, explain, make
-from graft.signals import Preempted, StopSignals, requeue
+from graft.config import CONFIGS, check, chosen_options, explain, make
+from graft.runs.sweep import failures
+from graft.signals import Preempted, Pruned, StopSignals, requeue
 
 if TYPE_CHECKING:
     from graft.module import TransferModule
     from graft.runs.folder import RunFolder
     from graft.transfer.stages import Resumed, Stage, StageResult
 
-failures: list[str] = []  # of the jobs of this process: a job that fails does not end a sweep
-
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(config: DictConfig) -> float:
-    """One job. Returns the best validation accuracy, which is what a sweep optimises."""
+    """One run; the jobs of a sweep are started by our launchers."""
     overrides = list(HydraConfig.get().overrides.task)
     try:
         return job(config, overrides)
@@ -49,27 +48,25 @@ def main(config: DictConfig) -> float:
 def job(config: DictConfig, overrides: list[str]) -> float:
     plain = check(config)  # before torch is imported
     hydra_config = HydraConfig.get()
-    parent = Path(plain["paths"]["logs"])
     if hydra_config.mode == RunMode.MULTIRUN:
-        parent = Path(hydra_config.sweep.dir)
-    chosen = hydra_config.runtime.choices.items()
-    choices = {group: option for group, option in chosen if group.isidentifier()}  # not `a/b@c`
-    return run(plain, overrides, choices, parent=parent)["val/acc"]
+        raise ValueError(
+            f"hydra/launcher={hydra_config.runtime.choices['hydra/launcher']}: sweeps run with "
+            "hydra/launcher=in_process, processes or slurm"
+        )
+    return run(plain, overrides, chosen_options(hydra_config.runtime.choices))["val/acc"]
 
 
 def run(
     config: dict[str, Any],
     overrides: list[str],
     choices: Mapping[str, str | None] | None = None,
-    *,
-    parent: Path | None = None,
 ) -> dict[str, float]:
     """Train what a resolved config describes, in a run folder of its own.
 
+    A SLURM job that was requeued goes on with the run it had begun.
+
     Args:
         choices: the option of each config group; that of `experiment` names the folder.
-
-    A SLURM job that was requeued goes on with the run it had begun.
 
     Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
     """
@@ -77,13 +74,13 @@ def run(
     from graft.runs.folder import RunFolder, run_name
     from graft.runs.resume import go_on, run_of_this_job
 
-    parent = parent or Path(config["paths"]["logs"])
-    if begun := run_of_this_job(parent, overrides):
+    logs = Path(config["paths"]["logs"])
+    if begun := run_of_this_job(logs, overrides):
         return go_on(begun)
     folder = None
     if is_first_process():
         name = run_name((choices or {}).get("experiment"), overrides, config["seed"])
-        folder = RunFolder.create(parent, name, config, overrides, choices)
+        folder = RunFolder.create(logs, name, config, overrides, choices)
     with folder.locked() if folder is not None else nullcontext():
         return recorded(config, folder)
 
@@ -95,6 +92,8 @@ def recorded(
     from graft import report
 
     quiet_libraries()
+    if folder is not None:
+        folder.start()
     started = time.perf_counter()
     before = folder.record.get("seconds", 0.0) if folder is not None else 0.0
 
@@ -117,6 +116,13 @@ def recorded(
                     report.say(outcome)
             stop.end_ranks(kill=not error.agreed)
             raise
+        except Pruned as error:
+            if folder is None:
+                sys.exit(0)  # as above
+            folder.finish(
+                "pruned", error=str(error), metrics={"val/acc": error.best}, seconds=seconds()
+            )
+            return folder.record["metrics"]
         except BaseException as error:
             if folder is not None:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -294,6 +300,7 @@ def entry(command: Callable[[], Any] = main) -> None:
     """Run a command, with errors in one line and an exit code that is not zero."""
     if os.environ.get("HYDRA_FULL_ERROR") != "1":  # the user's own 1 shows all of a traceback
         os.environ |= {"HYDRA_FULL_ERROR": "1", "GRAFT_SHORT_ERRORS": "1"}  # Hydra then raises
+    failures.clear()
     try:
         command()
     except KeyboardInterrupt:

@@ -6,6 +6,9 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
+from graft.runs import launch, sweep
 from tests.conftest import TINY, Graft
 
 
@@ -57,20 +60,21 @@ def test_an_experiment_can_be_a_sweep_with_a_table(graft: Graft, tmp_path: Path)
         assert len(list(csv.DictReader(file))) == 4
 
 
-def test_the_tables_grow_as_jobs_end(graft: Graft, tmp_path: Path, monkeypatch: object) -> None:
+def test_the_tables_grow_as_jobs_end(
+    graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever looks, or stops the sweep, in the middle finds what is there."""
-    from graft.runs import sweep
+    seen: list[list[str]] = []
 
-    seen: list[int] = []
-    summarise = sweep.summarise
-
-    def counted(folder: Path) -> str:
-        text = summarise(folder)
-        seen.append(len((folder / "summary.csv").read_text().splitlines()) - 1)
+    def noted(folder: Path) -> str:
+        text = sweep.summarise(folder)
+        with (folder / "summary.csv").open() as file:
+            seen.append([row["status"] for row in csv.DictReader(file)])
         return text
 
-    monkeypatch.setattr(sweep, "summarise", counted)  # type: ignore[attr-defined]
+    monkeypatch.setattr(launch, "summarise", noted)
     assert graft("train", "-m", *TINY, "seed=0,1,2").returncode == 0
-    assert seen == [1, 2, 3, 3]
+    assert seen[:2] == [["done", "queued", "queued"], ["done", "done", "queued"]]
+    assert seen[2:] == [["done"] * 3] * 2
     assert graft("train", *TINY).returncode == 0
-    assert seen == [1, 2, 3, 3]  # a single run is no sweep
+    assert len(seen) == 4  # a single run is no sweep

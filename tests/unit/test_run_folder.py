@@ -72,6 +72,8 @@ def test_a_run_records_code_hardware_config_and_cost(
     monkeypatch.setattr(folder, "checkout", lambda _: ("c0ffee", b"+layers = 4\n"))
     config = {"seed": 3, "optimizer": {"lr": 1e-3}}
     run = RunFolder.create(tmp_path, "run", config, ["optimizer.lr=1e-3"], {"data": "digits"})
+    assert run.record["status"] == "queued"
+    run.start()
     run.finish("done", metrics={"val/acc": 0.5})
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["git_commit"], record["git_dirty"]) == ("c0ffee", True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from graft.runs.folder import STATUSES
 from graft.runs.groups import ABSENT, Comparison, grouped
 from graft.runs.records import Run, find_runs, known, text
 from graft.runs.table import Table
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add("places", nargs="*", type=Path, default=[Path(logs)], metavar="RUN_OR_FOLDER",
         help=f"run folders, or folders with runs somewhere below (default: {logs})")  # fmt: skip
     add("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="only these runs")
-    add("--status", choices=("done", "running", "failed", "preempted", "unreadable"))
+    add("--status", choices=(*STATUSES, "unreadable"))
     add("--metric", action="append", default=[], help="default: test/acc and val/acc")
     add("--sort", metavar="KEY", help=f"a metric, a config key or one of {', '.join(COSTS)}; "
         "accuracies fall, all else rises")  # fmt: skip

@@ -23,6 +23,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from graft.runs import resources
 from graft.signals import slurm_job
 
+STATUSES = ("queued", "running", "done", "failed", "preempted", "pruned")
+FINAL = ("done", "pruned")
 FORMAT = 2  # 1 did not record what resuming and comparing need
 LOCK_SECONDS = 10.0  # workers of a run that was killed hold its lock until they notice
 DIFF_LIMIT = 1_000_000  # bytes of git.diff
@@ -49,11 +51,13 @@ class RunFolder:
         config: dict[str, Any],
         overrides: Sequence[str],
         choices: Mapping[str, str | None] | None = None,
+        **fields: Any,
     ) -> RunFolder:
-        """A new folder `parent/name`, or `name-2`, ... where that is taken.
+        """A new folder `parent/name`, or `name-2`, ... where that is taken; its run is `queued`.
 
         Args:
             choices: the option of each config group, which the config itself does not name.
+            fields: more of `run.json`.
 
         Raises:
             OSError: `parent` cannot be written to.
@@ -69,31 +73,41 @@ class RunFolder:
         folder = cls(path)
         folder.write("config.yaml", config)
         folder.write("overrides.yaml", list(overrides))
-        commit, diff = checkout(Path(__file__).parent)
-        if diff:
-            (path / "git.diff").write_bytes(diff)
         folder.update(
             format=FORMAT,
-            status="running",
-            started=_now(),
+            status="queued",
+            started=None,
             finished=None,
             seed=config.get("seed"),
             stage=None,
             stages=[],
             metrics={},
-            host=socket.gethostname(),
-            python=platform.python_version(),
-            versions=_versions(),
-            hardware=resources.hardware(),
-            git_commit=commit,
-            git_dirty=bool(diff) if commit else None,
             overrides=list(overrides),
             choices=dict(choices or {}),
-            slurm_job=slurm_job(),
             config=config,
+            **fields,
         )
-        resources.reset_peak()
         return folder
+
+    def start(self) -> None:
+        """Its run begins, with this code on this machine, or goes on."""
+        began = {}
+        if self.record["status"] == "queued":
+            commit, diff = checkout(Path(__file__).parent)
+            if diff:
+                (self.path / "git.diff").write_bytes(diff)
+            began = {
+                "started": _now(),
+                "host": socket.gethostname(),
+                "python": platform.python_version(),
+                "versions": _versions(),
+                "hardware": resources.hardware(),
+                "slurm_job": slurm_job(),
+                "git_commit": commit,
+                "git_dirty": bool(diff) if commit else None,
+            }
+        self.update(status="running", finished=None, error=None, **began)
+        resources.reset_peak()
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -191,6 +205,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # a full disk is met when writing, which does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

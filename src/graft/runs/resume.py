@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.config import CONFIGS, check, leaves
-from graft.runs.folder import RunFolder
+from graft.runs.folder import FINAL, RunFolder
+from graft.runs.sweep import SWEEP, start_again
 from graft.signals import slurm_job
-from graft.train import entry, is_first_process, recorded
+from graft.train import entry, import_libraries, is_first_process, recorded
 
 if TYPE_CHECKING:
     from graft.transfer.stages import Resumed
@@ -40,19 +41,28 @@ REASONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="graft resume", description="Go on with a run that was stopped, in its own folder."
+        prog="graft resume",
+        description="Go on with a run that was stopped, in its own folder; or with a sweep, whose "
+        "jobs that are not done are resumed or run.",
     )
-    parser.add_argument("run", type=Path, help="its folder")
+    parser.add_argument("run", type=Path, help="its folder, or that of a sweep")
     parser.add_argument("overrides", nargs="*", default=[], help="like trainer.max_epochs=20")
     arguments = parser.parse_args()
-    go_on(arguments.run, arguments.overrides)
+    if (arguments.run / SWEEP).is_file():
+        start_again(arguments.run, arguments.overrides)
+    else:
+        go_on(arguments.run, arguments.overrides)
 
 
 def go_on(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Run what is left of a run; its metrics, also of one that is done."""
+    """Run what is left of the run in this folder, everything of one that is queued.
+
+    Returns its metrics, also of one that is done.
+    """
     folder = RunFolder.open(path)
     if is_done(folder):
         return folder.record["metrics"]
+    import_libraries()
 
     # What Lightning starts as further ranks of this command reads what the first one has written.
     first = is_first_process()
@@ -62,12 +72,13 @@ def go_on(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
             if is_done(folder):  # by whom we waited for
                 return folder.record["metrics"]
         config = changed(folder, overrides)
-        resumed = progress(folder, config, tell=print if first else lambda text: None)
+        heard = first and folder.record["status"] != "queued"
+        resumed = progress(folder, config, tell=print if heard else lambda text: None)
         if first:
             folder.write("config.yaml", config)
             folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *overrides])
             (folder.path / "error.log").unlink(missing_ok=True)
-            folder.update(status="running", finished=None, error=None, config=config)
+            folder.update(config=config)
         return recorded(config, folder if first else None, resumed)
 
 
@@ -85,10 +96,11 @@ def run_of_this_job(logs: Path, overrides: Sequence[str]) -> Path | None:
 
 
 def is_done(folder: RunFolder) -> bool:
-    if folder.record["status"] != "done":
+    status = folder.record["status"]
+    if status not in FINAL:
         return False
     if is_first_process():
-        print(f"{folder.path} is finished: there is nothing to resume")
+        print(f"{folder.path} is {'finished' if status == 'done' else status}: nothing to resume")
     return True
 
 

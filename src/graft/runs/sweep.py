@@ -1,25 +1,48 @@
-"""What a sweep leaves behind: tables in its folder, up to date after each job."""
+"""A sweep's folder: what it takes to start it again, and tables of its runs."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hydra.core.utils import JobReturn
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
+
+SWEEP = "sweep.yaml"
+
+failures: list[str] = []  # of the jobs of this process: a job that fails does not end a sweep
 
 
-class Summary(Callback):
-    """Hydra tells it of jobs where they run, and of the end of the sweep where it was started."""
+def prepare(sweep: Path, overrides: Sequence[str]) -> None:
+    """Make its folder, and note the command line.
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if config.hydra.mode == RunMode.MULTIRUN:
-            summarise(Path(config.hydra.sweep.dir))
+    Raises:
+        OSError: it cannot be written to.
+    """
+    from graft.runs.folder import write_atomically
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        print(summarise(Path(config.hydra.sweep.dir)), end="")
+    try:
+        sweep.mkdir(parents=True, exist_ok=True)
+        write_atomically(sweep / SWEEP, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+    except OSError as error:
+        raise OSError(
+            f"cannot write to the sweep's folder {sweep} ({error.strerror}): set hydra.sweep.dir "
+            "to one you may write to"
+        ) from error
+
+
+def start_again(sweep: Path, overrides: Sequence[str]) -> None:
+    """The same command line, with `overrides` in place of earlier ones: what is done stays."""
+    from graft.train import main
+
+    def key(override: str) -> str:
+        return override.lstrip("+~").partition("=")[0]
+
+    asked = {key(override) for override in overrides}
+    before = [str(o) for o in OmegaConf.load(sweep / SWEEP) if key(str(o)) not in asked]
+    folder = str(sweep.resolve()).replace("'", r"\'")
+    sys.argv[1:] = ["--multirun", *before, *overrides, f"hydra.sweep.dir='{folder}'"]
+    main()
 
 
 def summarise(sweep: Path) -> str:
@@ -36,7 +59,7 @@ def summarise(sweep: Path) -> str:
     from graft.runs.tables import group_table, left_out, pivot_tables, run_table
 
     runs = [read_run(path) for path in run_folders(sweep)]
-    runs.sort(key=lambda run: str(run.record.get("started")))  # names tell seconds: jobs share one
+    runs.sort(key=lambda run: (run.record.get("job", 0), run.path))
     if not runs:
         return ""
     comparison = grouped(runs)
@@ -44,7 +67,9 @@ def summarise(sweep: Path) -> str:
     done = sum(len(group.runs) for group in comparison.groups)
     lines = [f"\nsweep     {done} of {len(runs)} runs done in {sweep}"]
     if not done:
-        return "\n".join([*lines, *left_out(comparison)]) + "\n"
+        text = "\n".join([*lines, *left_out(comparison)]) + "\n"
+        write_atomically(sweep / "summary.md", text)
+        return text
     metrics = metric_names(comparison)
     table = group_table(comparison, metrics)
     write_atomically(sweep / "summary.md", table.markdown())
