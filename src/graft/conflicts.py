@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
+
+PACKAGES = {"graft.trackers.WandB": "wandb", "graft.trackers.MLFlow": "mlflow"}
 
 
 def conflict(plain: dict[str, Any]) -> str | None:
@@ -12,6 +15,7 @@ def conflict(plain: dict[str, Any]) -> str | None:
         or _grid_problem(plain)
         or _solver_problem(plain)
         or _augment_problem(plain)
+        or _logger_problem(plain)
     )
 
 
@@ -109,4 +113,12 @@ def _solver_problem(plain: dict[str, Any]) -> str | None:
             return f"{key}: knows no dropout: set head.dropout=0"
         if head.get("norm") == "batchnorm":
             return f"{key}: knows no batches: set head.norm=standardize or none"
+    return None
+
+
+def _logger_problem(plain: dict[str, Any]) -> str | None:
+    for logger in (plain.get("logger") or {}).values():
+        package = PACKAGES.get((logger or {}).get("_target_"))
+        if package and find_spec(package) is None:
+            return f"logger={package} needs another package: pip install 'graft[{package}]'"
     return None
