@@ -118,7 +118,7 @@ def _solver_problem(plain: dict[str, Any]) -> str | None:
 
 def _logger_problem(plain: dict[str, Any]) -> str | None:
     for logger in (plain.get("logger") or {}).values():
-        package = PACKAGES.get((logger or {}).get("_target_"))
+        package = PACKAGES.get((logger or {}).get("_target_", ""))
         if package and find_spec(package) is None:
             return f"logger={package} needs another package: pip install 'graft[{package}]'"
     return None

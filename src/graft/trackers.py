@@ -45,8 +45,10 @@ class WandB(WandbLogger):
 
 
 class MLFlow(MLFlowLogger):
-    """Args: keywords are those of Lightning's logger. `tracking_uri` is MLFLOW_TRACKING_URI, or a
-    database beside the runs.
+    """Logged in the background, each row being a transaction, and complete at each checkpoint.
+
+    Args: keywords are those of Lightning's logger. Without MLFLOW_TRACKING_URI it is a database
+    beside the run.
     """
 
     step_offset = 0
@@ -54,12 +56,22 @@ class MLFlow(MLFlowLogger):
     def __init__(self, save_dir: Path, **keywords: Any) -> None:
         self.file = save_dir / "mlflow.id"
         known = self.file.read_text() if self.file.exists() else None
-        super().__init__(run_name=save_dir.name, run_id=known, **keywords)
+        super().__init__(run_name=save_dir.name, run_id=known, synchronous=False, **keywords)
         self.resumed = known is not None
         if self.resumed:
             self.experiment.update_run(known, status="RUNNING")
         else:
             self.file.write_text(str(self.run_id))
+
+    def flush(self) -> None:
+        import mlflow
+
+        mlflow.flush_async_logging()
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        self.flush()
+        super().finalize(status)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
