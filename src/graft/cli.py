@@ -24,10 +24,12 @@ commands:
   compare [RUNS_OR_FOLDERS]
                            what differs, mean and spread over seeds, time, memory (--help: more)
   eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)
+  board [FOLDER] [--port N]
+                           TensorBoard on this machine, with runs of logs/ or another folder
   cache [list|verify|prune]
                            decoded images and frozen features on disk: sizes, checksums, clean-up
 
-Everything about a run is in its folder under logs/; `tensorboard --logdir logs` draws runs.
+Everything about a run is in its folder under logs/.
 """
 
 
@@ -57,6 +59,10 @@ def main() -> None:
         from graft.runs.compare import main as compare
 
         compare(sys.argv[2:])
+    elif command == "board":
+        from graft.runs.board import main as board
+
+        board(sys.argv[2:])
     else:
-        known = "train, resume, eval, compare, cache (see graft --help)"
+        known = "train, resume, eval, compare, board, cache (see graft --help)"
         sys.exit(f"graft: no command {command!r}; commands: {known}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
+
+PACKAGES = {"graft.trackers.WandB": "wandb", "graft.trackers.MLFlow": "mlflow"}
 
 
 def conflict(plain: dict[str, Any]) -> str | None:
@@ -13,6 +16,7 @@ def conflict(plain: dict[str, Any]) -> str | None:
         or _solver_problem(plain)
         or _augment_problem(plain)
         or _sharding_problem(plain)
+        or _logger_problem(plain)
     )
 
 
@@ -135,4 +139,12 @@ def _sharding_problem(plain: dict[str, Any]) -> str | None:
             f"trainer.precision={trainer['precision']}: with trainer=fsdp each device would scale "
             "the loss on its own: use bf16-mixed"
         )
+    return None
+
+
+def _logger_problem(plain: dict[str, Any]) -> str | None:
+    for logger in (plain.get("logger") or {}).values():
+        package = PACKAGES.get((logger or {}).get("_target_", ""))
+        if package and find_spec(package) is None:
+            return f"logger={package} needs another package: pip install 'graft[{package}]'"
     return None

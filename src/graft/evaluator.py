@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 
 from graft import report
 from graft.backbones.weights import load_state
 from graft.build import build, build_stages
+from graft.collect import Collect
 from graft.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import ImageDataset
@@ -27,24 +26,6 @@ from graft.scores import Predictions, scores
 from graft.trainer import make_trainer, trainer_options
 from graft.transfer.stages import Stage, StartStage
 from graft.transfer.stored import FeatureStore
-
-
-class Collect(L.Callback):
-    """Keeps what is predicted in a test."""
-
-    def __init__(self) -> None:
-        self.parts: list[Predictions] = []
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: dict[str, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.parts.append(Predictions.of(outputs, batch["label"], batch["index"]))
 
 
 @dataclass

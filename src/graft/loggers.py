@@ -7,32 +7,77 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 
 class TensorBoard(TensorBoardLogger):
-    """Events straight in the run folder, so that TensorBoard shows the run's own name."""
+    """Events straight in the run folder, so that TensorBoard shows the run's own name.
+
+    Args:
+        images: show pictures and the embedding projector too; see `graft.media`.
+    """
 
     step_offset = 0
+    kept = 0
 
-    def __init__(self, save_dir: Path) -> None:
+    def __init__(self, save_dir: Path, images: bool = False) -> None:
         super().__init__(save_dir, name="", version="", default_hp_metric=False)
+        self.images = images
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics, None if step is None else step + self.step_offset)
+        shown = {name: value for name, value in metrics.items() if name != "epoch"}  # a saw
+        super().log_metrics(shown, None if step is None else step + self.step_offset)
 
     def save(self) -> None:
         """Nothing but the events: the run folder has its config already."""
 
+    @rank_zero_only
+    def start(
+        self, params: Mapping[str, str | float], changed: Collection[str], metrics: Sequence[str]
+    ) -> None:
+        """A row of the HPARAMS tab, within this run.
+
+        Not `log_hyperparams`, which makes up values of the metrics before there are any.
+
+        Args:
+            changed: keys of `params` that come first.
+            metrics: tags of scalars.
+        """
+        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+        experiment, session = api_pb2.Experiment(), plugin_data_pb2.SessionStartInfo()
+        for key, value in params.items():
+            text = isinstance(value, str)
+            kind = api_pb2.DATA_TYPE_STRING if text else api_pb2.DATA_TYPE_FLOAT64
+            experiment.hparam_infos.add(name=key, type=kind, differs=key in changed)
+            setattr(session.hparams[key], "string_value" if text else "number_value", value)
+        for metric in metrics:
+            experiment.metric_infos.add(name=api_pb2.MetricName(tag=metric))
+        data = {
+            metadata.EXPERIMENT_TAG: plugin_data_pb2.HParamsPluginData(experiment=experiment),
+            metadata.SESSION_START_INFO_TAG: plugin_data_pb2.HParamsPluginData(
+                session_start_info=session
+            ),
+        }
+        for tag, content in data.items():
+            summary = Summary()
+            summary.value.add(tag=tag, metadata=metadata.create_summary_metadata(content))
+            self.experiment._get_file_writer().add_summary(summary)
+
     def rewind(self, step: int) -> None:
         """Before the first event: TensorBoard is to drop those of `step` and later."""
-        self._kwargs["purge_step"] = step
+        self._kwargs["purge_step"] = self.kept = step
+
+    def is_new(self, step: int) -> bool:
+        """Whether what belongs to a step is not there yet, from before the run was resumed."""
+        return step >= self.kept
 
     @rank_zero_only
     def flush(self) -> None:
@@ -103,7 +148,7 @@ class CSV(Logger):
 def advance(loggers: Sequence[Logger], steps: int) -> None:
     """The next stage's steps follow on those of the last: each stage's trainer counts from 0."""
     for logger in loggers:
-        if isinstance(logger, TensorBoard | CSV):
+        if hasattr(logger, "step_offset"):  # ours
             logger.step_offset += steps
 
 
@@ -117,5 +162,5 @@ def rewind(loggers: Sequence[Logger], step: int) -> None:
 def flush(loggers: Sequence[Logger]) -> None:
     """Have it on disk: what a checkpoint comes after."""
     for logger in loggers:
-        if isinstance(logger, TensorBoard | CSV):
+        if hasattr(logger, "flush"):
             logger.flush()

@@ -239,7 +239,8 @@ class TransferModule(L.LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: stage.schedule(step, total))
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            # Its rates are logged as lr/GROUP, whatever the optimizer.
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
         }
 
     def _fused(self, stage: Stage) -> dict[str, bool]:

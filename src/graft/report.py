@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from graft.data.datamodule import TransferDataModule
-from graft.loggers import TensorBoard
 from graft.module import TransferModule
 from graft.transfer.param_groups import describe_groups
 from graft.transfer.stages import Stage, StageResult
@@ -55,15 +53,6 @@ def print_start(
 def stage_table(module: TransferModule) -> list[dict[str, Any]]:
     """Parameter groups of the module's stage, then what is frozen."""
     return describe_groups(module.stage_groups(), module.backbone, module.head)
-
-
-def log_stage(rows: Sequence[dict[str, Any]], name: str, loggers: Sequence[Logger]) -> None:
-    """The same table in TensorBoard, as text."""
-    cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in cells)
-    for logger in loggers:
-        if isinstance(logger, TensorBoard):
-            logger.experiment.add_text(f"groups/{name}", text, logger.step_offset)
 
 
 @rank_zero_only
@@ -167,7 +156,7 @@ def print_result(metrics: Mapping[str, Any], seconds: float, run: Path, logs: Pa
             say(f"{name:<9} {100 * metrics[name]:.2f} %")
     say(f"time      {seconds:.1f} s")
     say(f"run       {run}")
-    say(f"compare   tensorboard --logdir {logs}")
+    say(f"compare   graft board {logs}")
 
 
 PERCENT = ("acc", "macro_f1", "ece")

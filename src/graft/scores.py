@@ -73,6 +73,19 @@ def scores(p: Predictions, num_classes: int) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
+def reliability(
+    p: Predictions,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Of the 15 bins of confidence: images, mean confidence and accuracy; nan in empty ones."""
+    edges = torch.linspace(0, 1, BINS + 1)
+    where = (torch.bucketize(p.confidence, edges, right=True) - 1).clamp(0, BINS - 1).numpy()
+    images = np.bincount(where, minlength=BINS)
+    hit = (p.prediction == p.label).double().numpy()
+    with np.errstate(invalid="ignore"):
+        confidence = np.bincount(where, p.confidence.double().numpy(), BINS) / images
+        return images, confidence, np.bincount(where, hit, BINS) / images
+
+
 def confusion_matrix(p: Predictions, num_classes: int) -> NDArray[np.int64]:
     """(num_classes, num_classes) images: truth down, prediction across."""
     return multiclass_confusion_matrix(p.prediction, p.label, num_classes).numpy()

@@ -179,8 +179,9 @@ def train(
     import lightning as L
     import torch
 
-    from graft import heat_map, report
+    from graft import media, report
     from graft.build import build, build_stages
+    from graft.collect import Collect
     from graft.loggers import advance, flush, rewind
     from graft.trainer import compile_blocks, make_trainer, trainer_options
     from graft.transfer.checkpoint import PREVIOUS
@@ -218,12 +219,15 @@ def train(
         if folder is not None:
             groups[stage.name] = report.stage_table(module)
             folder.update(stage=stage.name, groups=groups)
-            report.log_stage(groups[stage.name], stage.name, loggers)
+            media.log_groups(groups[stage.name], stage.name, loggers)
 
+    stages = build_stages(config)
     if folder is not None:
         device = describe_device(options)
         folder.update(device=device, train_images=len(datamodule.splits["train"]))
         report.print_start(module, datamodule, device, path)
+        params = media.hyperparameters(config, folder.record["choices"], stages, datamodule)
+        media.log_start(config, params, folder.record["overrides"], loggers)
 
     def conclude(result: StageResult) -> None:
         report.print_chosen(result)
@@ -231,13 +235,12 @@ def train(
             folder.update(head=result.head)
         if folder is not None and result.grid is not None:
             result.grid.write(path / "grid.csv")
-            heat_map.log(result.grid, loggers)
+            media.log_grid(result.grid, loggers)
         if folder is not None:  # last: from here on, resuming skips this stage
             flush(loggers)
             folder.update(stages=[*folder.record["stages"], result.record()])
             (path / "checkpoints" / result.name / PREVIOUS).unlink(missing_ok=True)
 
-    stages = build_stages(config)
     new_store = partial(
         FeatureStore,
         cache=Path(config["paths"]["cache"]).expanduser(),
@@ -262,9 +265,11 @@ def train(
         on_result=conclude,
     )
     start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
-    trainer = new_trainer(stages[-1], [start])
+    collect = [Collect(media.EMBEDDED)] if media.shows_images(config["logger"]) else []
+    trainer = new_trainer(stages[-1], [start, *collect])
     tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
     tested = {key: float(value) for key, value in tested.items()}
+    media.log_end(loggers, datamodule, collect, results)
     return {"val/acc": results[-1].best_score, **tested}, module
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from graft.backbones.base import Backbone
 from graft.config import make
+from graft.media import Inputs
 from graft.report import EpochLines
 from graft.signals import StopSignals
 from graft.transfer.checkpoint import AtomicCheckpointIO
@@ -126,7 +127,7 @@ def make_trainer(
     chosen = [*needed, *(make(c) for c in callbacks.values() if c)]
     chosen.append(RichProgressBar(leave=True) if terminal else EpochLines())
     if loggers:
-        chosen.append(LearningRateMonitor(logging_interval="step"))
+        chosen += [LearningRateMonitor(logging_interval="step"), Inputs()]
     strategy = options["strategy"]
     if strategy == "fsdp" and stage.trainable != "head":
         strategy = ShardedStrategy()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from graft.build import build
 from graft.heads import CosineHead, Head, HeadGrid, LinearHead, MLPHead, Standardize, seeded_head
-from graft.heat_map import draw
+from graft.pictures import heads
 from graft.transfer.checkpoint import load_checkpoint
 from graft.transfer.grid import GridFit, GridPoint, GridRecord, head_losses
 from graft.transfer.param_groups import param_groups
@@ -271,6 +271,6 @@ def test_the_heat_map_has_a_cell_for_each_pair() -> None:
     points = [GridPoint(lr, wd, s) for lr in (0.1, 1.0) for wd in (0.0, 0.1) for s in (0, 1)]
     record = GridRecord(points)
     record.update([0.5, 0.6, 0.7, 0.8, 0.9, 0.91, -1.0, -1.0], [1.0] * 8, 1)
-    image = draw(record)
+    image = heads(record)
     colours = {colour for _, colour in image.getcolors(100_000) or []}
     assert {(190, 190, 190), (8, 64, 129), (247, 251, 255)} <= colours  # diverged, best, worst

@@ -334,9 +334,7 @@ def test_accumulation_and_clipping_reach_the_trainer_and_the_schedule(train_tiny
         "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "scheduler.warmup=0",
     )  # fmt: skip
     with (run.folder / "metrics.csv").open() as file:
-        rates = [
-            float(row["lr-SGD/head"]) for row in csv.DictReader(file) if row.get("lr-SGD/head")
-        ]
+        rates = [float(row["lr/head"]) for row in csv.DictReader(file) if row.get("lr/head")]
     assert rates[0] == pytest.approx(0.05)
     assert rates[-1] == pytest.approx(0.05 * 4e-6, rel=1e-3)
 

@@ -176,13 +176,18 @@ class RunFolder:
 
 def run_name(experiment: str | None, overrides: Sequence[str], seed: int) -> str:
     """Readable and sortable: time, then what was overridden, then the seed; no `=` or slashes."""
-    words = [datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), experiment or "default"]
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return "_".join([now, *name_words(experiment, overrides)])[:120] + f"_seed{seed}"
+
+
+def name_words(experiment: str | None, overrides: Sequence[str]) -> list[str]:
+    words = [experiment or "default"]
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key not in ("experiment", "seed") and not key.startswith("paths."):
             word = f"{key.rsplit('.', 1)[-1]}-{value.rsplit('/', 1)[-1]}"
             words.append(re.sub(r"[^\w.-]+", "-", word).strip("-"))
-    return "_".join(words)[:120] + f"_seed{seed}"
+    return words
 
 
 def _create_exclusively(parent: Path, name: str) -> Path:
