@@ -1,8 +1,12 @@
-"""`graft board` in a real browser: what somebody sees who opens the address it says."""
+"""`graft board` in a real browser: what somebody sees who opens the address it says.
+
+GRAFT_SCREENSHOTS=FOLDER keeps a picture of each page there: docs/images has three of them.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,11 +19,15 @@ from typing import Any
 import pytest
 
 from graft.runs.board import serve
-from tests.conftest import TINY, Graft
+from graft.runs.folder import RunFolder
+from tests.conftest import Graft
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-TINY_BOARD = [*TINY[:-1], "trainer.max_epochs=2", "data.eval_batch_size=8"]
-RUNS = [f"lr-{lr}_head-{head}_seed0" for lr in (0.01, 0.1) for head in ("linear", "mlp")]
+SWEEP = [
+    "experiment=quickstart", "trainer=cpu", "trainer.max_epochs=6",
+    "optimizer.lr=0.01,0.02", "head=linear,mlp",
+]  # fmt: skip
+RUNS = [f"lr-{lr}_head-{head}_seed0" for lr in (0.01, 0.02) for head in ("linear", "mlp")]
 # All text of the page, shadow roots and frames included.
 TEXT = """
 const found = [];
@@ -63,10 +71,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four runs: two learning rates, two heads."""
     logs = tmp_path_factory.mktemp("logs")
     subprocess.run(
-        [sys.executable, "-m", "graft", "train", "-m", *TINY_BOARD, "optimizer.lr=0.01,0.1",
-         "head=linear,mlp", f"paths.logs={logs}"],
-        env={**os.environ, "GRAFT_CACHE": str(logs / "cache")}, check=True, capture_output=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "graft", "train", "-m", *SWEEP, f"paths.logs={logs}"],
+        env={**os.environ, "GRAFT_CACHE": str(logs / "cache")},
+        check=True,
+        capture_output=True,
+    )
     (folder,) = (logs / "sweeps").iterdir()
     return folder
 
@@ -125,7 +134,7 @@ def page(address: str) -> Iterator[Page]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for argument in (
-        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1000",
+        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1000",
         "--enable-unsafe-swiftshader",  # the projector needs WebGL
     ):  # fmt: skip
         options.add_argument(argument)
@@ -149,9 +158,8 @@ def test_every_tab_shows_the_runs_under_short_names(page: Page) -> None:
     page.open("images", *RUNS, *tags)
     width = "root.shadowRoot.querySelector('img')?.naturalWidth"
     assert until(lambda: page.of("tf-image-loader", width)) > 200
-    page.open(
-        "text", "config/text_summary", "per_class: 12", "groups/finetune", "backbone/norm_bias"
-    )
+    texts = ["config/text_summary", "groups/finetune/text_summary"]
+    page.open("text", *RUNS, *texts, "shots_per_class: 10", "backbone/norm_bias")
 
 
 @pytest.mark.slow
@@ -163,7 +171,7 @@ def test_hyper_parameters_can_be_sorted_and_drawn_as_parallel_coordinates(page: 
     groups = until(lambda: page.of("tf-hparams-table-view", "root.sessionGroups"))
     rows = {group["name"].split("/")[0]: group["hparams"] for group in groups}
     assert [(rows[run]["lr"], rows[run]["head"]) for run in RUNS] == [
-        (0.01, "linear"), (0.01, "mlp"), (0.1, "linear"), (0.1, "mlp"),
+        (0.01, "linear"), (0.01, "mlp"), (0.02, "linear"), (0.02, "mlp"),
     ]  # fmt: skip
     for group in groups:
         metrics = {metric["name"]["tag"]: metric["value"] for metric in group["metricValues"]}
@@ -190,3 +198,16 @@ def test_what_cannot_be_shown_is_one_line(tmp_path: Path, graft: Graft) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no run folder in it"):
         serve(tmp_path / "empty", None)
+    run = RunFolder.create(tmp_path / "logs", "run", {"seed": 0}, [], {"logger": "csv"})
+    done = graft("board", str(tmp_path / "logs"))
+    assert done.returncode == 1
+    assert "no TensorBoard events in its runs (logger=csv): see graft compare" in done.stderr
+    (run.path / "events.out.tfevents.1").touch()
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = graft("board", str(tmp_path / "logs"), "--port", str(port))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.search(rf"--port {port}: .*already in use", line)
