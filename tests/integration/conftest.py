@@ -140,9 +140,7 @@ def assert_equal(resumed: Path, whole: Path) -> None:
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: a step logged twice would be a loop, one that is lost a gap."""
-    from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
-        event_accumulator,
-    )
+    from tensorboard.backend.event_processing import event_accumulator
 
     events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {
