@@ -209,5 +209,5 @@ def test_what_cannot_be_shown_is_one_line(tmp_path: Path, graft: Graft) -> None:
         port = taken.getsockname()[1]
         done = graft("board", str(tmp_path / "logs"), "--port", str(port))
     assert done.returncode == 1
-    (line,) = (line for line in done.stderr.splitlines() if "port" in line)
+    (line,) = (line for line in done.stderr.splitlines() if "error: " in line)
     assert re.search(rf"--port {port}: .*already in use", line)
