@@ -127,7 +127,7 @@ def grid_at(bench: Bench, size: int) -> Line:
     rates, decays = list(grid["lr"]), list(grid["weight_decay"])
     seeds = list(grid.get("seed") or [0])
     heads = len(rates) * len(decays) * len(seeds)
-    few = rates[len(rates) // 2 :][: bench.jobs]  # where the winners are
+    few = rates[len(rates) // 4 :][: bench.jobs]  # where the winners are
 
     def theirs(repeat: int) -> Sample:
         if bench.jobs >= heads:
