@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.distributions import FloatDistribution as Float
 from optuna.distributions import IntDistribution as Int
 
+import graft.train as graft_train
 from graft.runs.study import distribution, open_study
 from tests.conftest import TINY, Graft
 from tests.integration.test_launchers import records, statuses
@@ -37,18 +39,31 @@ def test_hydras_grammar_is_the_search_space(text: str, expected: BaseDistributio
     assert distribution(override) == expected
 
 
-def test_a_study_goes_on_where_it_stopped(graft: Graft, tmp_path: Path) -> None:
-    """One trial for each run, with its score; a trial that failed stays open and is tried again."""
+def test_a_study_goes_on_where_it_stopped(
+    graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One trial for each run, with its score; one that failed stays open and is tried again."""
+    train = graft_train.train
+
+    def failing(*arguments: Any) -> Any:
+        if len([*tmp_path.glob("s/*/run.json")]) == 2:
+            raise OSError("the network is down")
+        return train(*arguments)
+
     swept = [*OPTUNA, "transfer=linear_probe,finetune", "trainer.limit_test_batches=1"]
-    swept += ["hydra.sweeper.n_trials=2", f"hydra.sweep.dir={tmp_path / 's'}"]
-    once = graft("train", "-m", *TINY, *swept)
-    assert once.returncode == 0, once.stderr
-    first = [record["finished"] for record in records(tmp_path / "s")]
+    with monkeypatch.context() as patch:
+        patch.setattr("graft.train.train", failing)
+        n = "hydra.sweeper.n_trials=2"
+        assert graft("train", "-m", *TINY, *swept, n, "hydra.sweep.dir=s").returncode == 1
+    assert statuses(tmp_path / "s") == ["done", "failed"]
+    first = records(tmp_path / "s")
     more = graft("resume", str(tmp_path / "s"), "hydra.sweeper.n_trials=3")
     assert more.returncode == 0, more.stderr
     assert "[3/3]  done" in more.stdout
     runs = records(tmp_path / "s")
-    assert [record["finished"] for record in runs][:2] == first
+    assert [run["status"] for run in runs] == ["done"] * 3
+    assert runs[0] == first[0]
+    assert runs[1]["config"] == first[1]["config"]
     trials = open_study(tmp_path / "s").trials
     assert [trial.value for trial in trials] == [run["metrics"]["val/acc"] for run in runs]
     for trial, run in zip(trials, runs, strict=True):

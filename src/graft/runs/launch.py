@@ -214,6 +214,7 @@ class SweepLauncher(Launcher):
                     waiting = None
                 else:
                     break
+            progress.update(len(running))
             over = [job for job in running if self.runner.has_ended(job)]
             for job in over:
                 running.remove(job)

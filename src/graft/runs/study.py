@@ -76,7 +76,6 @@ def search(
                     **(config["callbacks"] or {}),
                     "prune": {
                         "_target_": f"{__name__}.{Prune.__name__}",
-                        "sweep": str(launcher.path),
                         "trial": trial.number,
                         "pruner": pruner,
                     },
@@ -117,12 +116,10 @@ class Prune(L.Callback):
     """Tells the study of each validation, and ends the run if its pruner gives it up.
 
     Args:
-        sweep: its folder.
-        trial: number of the run's trial.
+        trial: number of the run's trial. The study is in the folder above the run's.
     """
 
-    def __init__(self, sweep: str, trial: int, pruner: BasePruner) -> None:
-        self.sweep = Path(sweep)
+    def __init__(self, trial: int, pruner: BasePruner) -> None:
         self.number = trial
         self.pruner = pruner
 
@@ -137,7 +134,8 @@ class Prune(L.Callback):
             epoch += stage["epochs"]
         best = None
         if trainer.is_global_zero:
-            study = open_study(self.sweep, pruner=self.pruner)
+            run = Path(trainer.checkpoint_callback.dirpath).parents[1]  # type: ignore
+            study = open_study(run.parent, pruner=self.pruner)
             trial = Trial(study, study.trials[self.number]._trial_id)
             trial.report(float(trainer.callback_metrics["val/acc"]), epoch)
             if trial.should_prune():
