@@ -147,6 +147,7 @@ def train_tiny(tmp_path: Path) -> Train:
         quiet_libraries()
         config = compose(*TINY, *overrides)
         folder = RunFolder.create(tmp_path / "logs", "run", config, overrides)
+        folder.start()
         metrics, module = train(config, folder)
         return Trained(metrics, module, folder.path)
 

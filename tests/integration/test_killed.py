@@ -163,4 +163,4 @@ def test_a_slurm_job_is_requeued_and_goes_on_with_its_run(
     assert_as_whole(folder, whole)
     again = start()
     assert again.returncode == 0
-    assert again.stdout == f"{folder} is finished: there is nothing to resume\n"
+    assert again.stdout == f"{folder} is finished: nothing to resume\n"

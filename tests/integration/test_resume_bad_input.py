@@ -66,7 +66,7 @@ def test_a_config_that_was_edited_is_noticed(graft: Graft, stopped: Path) -> Non
 def test_a_finished_run_is_left_alone(runs: Runs) -> None:
     folder = runs.whole("fine-tuning")
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    assert "is finished: there is nothing to resume" in runs.resume(folder)
+    assert "is finished: nothing to resume" in runs.resume(folder)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
