@@ -67,13 +67,9 @@ def hyperparameters(
 
     def chosen(group: str) -> str:
         node = config[group] or {}
-        name = (
-            node.get("model")
-            or choices.get(group)
-            or node.get("_target_")
-            or "+".join(node.get("stages", {}))
-        )
-        return str(name).rpartition(".")[2] if "_target_" in node else str(name)
+        target = str(node.get("_target_", "")).rpartition(".")[2]
+        stages = "+".join(node.get("stages", {}))
+        return str(node.get("model") or choices.get(group) or target or stages)
 
     weights = config["backbone"].get("weights")
     return {

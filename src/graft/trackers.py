@@ -7,6 +7,7 @@ can take a row back.
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,9 @@ class MLFlow(MLFlowLogger):
     def __init__(self, save_dir: Path, **keywords: Any) -> None:
         self.file = save_dir / "mlflow.id"
         known = self.file.read_text() if self.file.exists() else None
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            database = save_dir.resolve().parent / "mlflow.db"
+            keywords = {"tracking_uri": f"sqlite:///{database}", **keywords}
         super().__init__(run_name=save_dir.name, run_id=known, synchronous=False, **keywords)
         self.resumed = known is not None
         if self.resumed:

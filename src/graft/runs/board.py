@@ -101,7 +101,7 @@ class Links:
                 continue
             run, above = read_run(path), path.parent
             words = [w for w in _words(run) if w not in self.shared.get(above, set())]
-            name = "_".join([*words, f"seed{run.record.get('seed')}"])
+            name = "_".join([*words, f"seed{run.record.get('seed')}"])[-120:].lstrip("_")
             place = self.links
             if above.is_relative_to(self.folder):
                 place /= above.relative_to(self.folder)

@@ -92,7 +92,7 @@ class RunFolder:
     def start(self) -> None:
         """Its run begins, with this code on this machine, or goes on."""
         began = {}
-        if self.record["status"] == "queued":
+        if self.record["started"] is None:
             commit, diff = checkout(Path(__file__).parent)
             if diff:
                 (self.path / "git.diff").write_bytes(diff)
@@ -181,7 +181,7 @@ def run_name(experiment: str | None, overrides: Sequence[str], seed: int) -> str
 
 
 def name_words(experiment: str | None, overrides: Sequence[str]) -> list[str]:
-    words = [experiment or "default"]
+    words = [re.sub(r"[^\w.-]+", "-", experiment or "default")]
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key not in ("experiment", "seed") and not key.startswith("paths."):

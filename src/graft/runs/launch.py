@@ -22,7 +22,7 @@ from graft.config import check, chosen_options
 from graft.runs.folder import FINAL, RunFolder, run_name
 from graft.runs.progress import Progress, console
 from graft.runs.records import read_run, run_folders
-from graft.runs.sweep import failures, prepare, summarise
+from graft.runs.sweep import failures, make_folder, note_command, summarise
 from graft.signals import Preempted, StopSignals, requeue
 
 UNENDED = ("queued", "running")  # what a process leaves that could not record its end
@@ -95,9 +95,14 @@ class SweepLauncher(Launcher):
         self.path = Path(config.hydra.sweep.dir)
         self.lock = FileLock(self.path / ".lock")
         self.earlier: dict[str, list[Path]] | None = None
-        given = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
+        make_folder(self.path)
+
+    def note_command(self) -> None:
+        """What `graft resume` starts again; of a sweep that is locked, whose jobs are possible."""
+        overrides = self.config.hydra.overrides
         own = ("hydra.sweep.dir=", "hydra.mode=")
-        prepare(self.path, [override for override in given if not override.startswith(own)])
+        given = [str(o) for o in (*overrides.task, *overrides.hydra)]
+        note_command(self.path, [override for override in given if not override.startswith(own)])
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -105,6 +110,7 @@ class SweepLauncher(Launcher):
         console.print(f"sweep     {len(job_overrides)} jobs in {self.path}", markup=False)
         composed = [self.compose(overrides) for overrides in job_overrides]  # or none is run
         with self.locked():
+            self.note_command()
             jobs = [self.queue(initial_job_idx + i, *parts) for i, parts in enumerate(composed)]
             left = [job for job in jobs if job.status not in FINAL]
             self.run(left, len(jobs), skipped=len(jobs) - len(left))
@@ -200,6 +206,7 @@ class SweepLauncher(Launcher):
     ) -> None:
         waiting: Job | None = None
         more = True
+        due = 0.0  # the tables are read from all runs: they may take a twentieth of the time
         while running or waiting or more:
             while waiting or (more and self.runner.is_free()):
                 waiting = waiting or next(jobs, None)
@@ -219,7 +226,9 @@ class SweepLauncher(Launcher):
             for job in over:
                 running.remove(job)
                 ended(job)
-                summarise(self.path)
+                if (began := time.monotonic()) >= due:
+                    summarise(self.path)
+                    due = time.monotonic() + 20 * (time.monotonic() - began)
                 progress.end(job.label, job.folder.record, len(running))
             if running and not over:
                 time.sleep(POLL_SECONDS)

@@ -58,13 +58,18 @@ class Processes:
                 f"trainer.num_nodes={trainer['num_nodes']}: a sweep over several nodes needs "
                 "hydra/launcher=slurm"
             )
+        gpus = visible_gpus() if trainer["accelerator"] != "cpu" else []
+        if self.devices != "auto":
+            gpus = [str(device) for device in self.devices]
         if not self.slots:
-            gpus = visible_gpus() if trainer["accelerator"] != "cpu" else []
-            if self.devices != "auto":
-                gpus = [str(device) for device in self.devices]
             self.on_gpus = bool(gpus)
             self.slots = gpus * self.jobs_per_device or [f"cpu {i}" for i in range(self.n_jobs)]
             self.free = list(self.slots)
+        if bool(gpus) != self.on_gpus:
+            raise ValueError(
+                f"trainer.accelerator={trainer['accelerator']}: the jobs of a sweep go to GPUs or "
+                "to the CPU, not to both"
+            )
         if self.on_gpus and isinstance(trainer["devices"], list):
             raise ValueError(
                 f"trainer.devices={trainer['devices']}: a sweep chooses which GPUs; say how many"
@@ -121,11 +126,12 @@ class Processes:
         self.free += self.taken.pop(job.number, [])
         with suppress(ProcessLookupError):  # ranks that outlive the first one
             os.killpg(process.pid, signal.SIGKILL)
-        job.settle(_reason(job, code))
+        job.settle(_reason(job, code) if code else "ended without a result")
         return True
 
     def stop(self, jobs: Sequence[Job]) -> None:
-        processes = [(job, self.processes[job.number]) for job in jobs]
+        # Not those whose end was just seen.
+        processes = [(j, self.processes[j.number]) for j in jobs if j.number in self.processes]
 
         def kill(*_: Any) -> None:
             for _job, process in processes:

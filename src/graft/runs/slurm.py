@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graft.config import POSITIVE_INT
 from graft.runs.launch import Job
 from graft.runs.processes import ranks
 from graft.runs.progress import console
@@ -26,6 +27,8 @@ class Slurm:
     quiet = True
 
     def __init__(self, n_jobs: int, options: Mapping[str, Any], cluster: str) -> None:
+        if not POSITIVE_INT[1](n_jobs):
+            raise ValueError(f"hydra.launcher.n_jobs={n_jobs}: must be {POSITIVE_INT[0]}")
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # the one that runs save at
         try:
             import submitit
@@ -71,9 +74,9 @@ class Slurm:
 
     def stop(self, jobs: Sequence[Job]) -> None:
         """Leaves them to SLURM: closing a terminal is no reason to lose them."""
-        if jobs:
-            names = " ".join(self.submitted[job.number].job_id for job in jobs)
-            console.print(f"note: {len(jobs)} jobs stay with SLURM; to cancel: scancel {names}")
+        if left := [job for job in jobs if job.number in self.submitted]:
+            names = " ".join(self.submitted[job.number].job_id for job in left)
+            console.print(f"note: {len(left)} jobs stay with SLURM; to cancel: scancel {names}")
 
 
 def resume(path: str) -> None:

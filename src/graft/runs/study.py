@@ -22,6 +22,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from graft.config import make
 from graft.runs.launch import Job, SweepLauncher
+from graft.runs.progress import console
+from graft.runs.sweep import failures
 from graft.signals import Pruned
 
 FILE = "optuna.log"
@@ -61,6 +63,7 @@ def search(
         else:
             fixed[key] = override.get_value_element_as_str()
     with launcher.locked():
+        launcher.note_command()
         study = open_study(launcher.path)
         if seed is not None:  # or a study that goes on would draw what it drew before
             seed += len(study.trials)
@@ -83,10 +86,20 @@ def search(
             return launcher.queue(trial.number, config, names, choices)
 
         def jobs() -> Iterator[Job]:
-            for trial in study.get_trials(states=[TrialState.RUNNING]):
-                yield job(trial)
-            while len(study.trials) < n_trials:
-                yield job(study.ask(space))
+            unended = study.get_trials(states=[TrialState.RUNNING])
+            while unended or len(study.trials) < n_trials:
+                trial = unended.pop(0) if unended else study.ask(space)
+                try:
+                    found = job(trial)
+                except Exception as error:
+                    # Else it would come first whenever the sweep is started again.
+                    study.tell(trial.number, state=TrialState.FAIL)
+                    if not isinstance(error, ValueError):
+                        raise
+                    failures.append(f"trial {trial.number}: {error}")
+                    console.print(f"failed    {failures[-1]}", markup=False)
+                else:
+                    yield found
 
         def tell(job: Job) -> None:
             if job.status == "done":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -13,17 +15,22 @@ SWEEP = "sweep.yaml"
 failures: list[str] = []  # of the jobs of this process: a job that fails does not end a sweep
 
 
-def prepare(sweep: Path, overrides: Sequence[str]) -> None:
-    """Make its folder, and note the command line.
+def make_folder(sweep: Path) -> None:
+    with _told(sweep):
+        sweep.mkdir(parents=True, exist_ok=True)
 
-    Raises:
-        OSError: it cannot be written to.
-    """
+
+def note_command(sweep: Path, overrides: Sequence[str]) -> None:
     from graft.runs.folder import write_atomically
 
-    try:
-        sweep.mkdir(parents=True, exist_ok=True)
+    with _told(sweep):
         write_atomically(sweep / SWEEP, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+
+
+@contextmanager
+def _told(sweep: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OSError(
             f"cannot write to the sweep's folder {sweep} ({error.strerror}): set hydra.sweep.dir "
@@ -39,7 +46,8 @@ def start_again(sweep: Path, overrides: Sequence[str]) -> None:
         return override.lstrip("+~").partition("=")[0]
 
     asked = {key(override) for override in overrides}
-    before = [str(o) for o in OmegaConf.load(sweep / SWEEP) if key(str(o)) not in asked]
+    noted: Any = OmegaConf.to_container(OmegaConf.load(sweep / SWEEP))  # ${...} as it was written
+    before = [str(o) for o in noted if key(str(o)) not in asked]
     folder = str(sweep.resolve()).replace("'", r"\'")
     sys.argv[1:] = ["--multirun", *before, *overrides, f"hydra.sweep.dir='{folder}'"]
     main()
