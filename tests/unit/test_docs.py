@@ -18,7 +18,8 @@ def test_a_test_that_the_doc_names_exists(file: str, test: str, star: str) -> No
     source = (ROOT / "tests" / file).read_text()
     found = re.search(rf"((?:^@.*\n(?:^[ )\]].*\n)*)*)^def {test}\(", source, re.MULTILINE)
     assert found, f"no {test} in {file}"
-    assert ("mark.slow" in found[1]) is bool(star)
+    slow = "mark.slow" in found[1] or "\npytestmark = pytest.mark.slow" in source
+    assert slow is bool(star)
 
 
 def test_every_rule_of_the_doc_names_one() -> None:
