@@ -156,7 +156,7 @@ def print_result(metrics: Mapping[str, Any], seconds: float, run: Path, logs: Pa
             say(f"{name:<9} {100 * metrics[name]:.2f} %")
     say(f"time      {seconds:.1f} s")
     say(f"run       {run}")
-    say(f"compare   graft board {logs}")
+    say(f"board     graft board {logs}")
 
 
 PERCENT = ("acc", "macro_f1", "ece")

@@ -59,7 +59,12 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(
     assert_equal(folder, whole)
 
 
-@pytest.mark.parametrize("kind", RUNS)
+IN_DEFAULT = ("fine-tuning", "two stages", "lora")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in IN_DEFAULT else [pytest.mark.slow]) for k in RUNS]
+)
 def test_a_run_that_crashes_again_and_again(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -67,6 +67,9 @@ def test_a_finished_run_is_left_alone(runs: Runs) -> None:
     folder = runs.whole("fine-tuning")
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     assert "is finished: nothing to resume" in runs.resume(folder)
+    assert "has ended, so trainer.max_epochs=9 cannot change" in error(
+        runs.graft, folder, "trainer.max_epochs=9"
+    )
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 

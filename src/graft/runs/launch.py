@@ -206,7 +206,7 @@ class SweepLauncher(Launcher):
     ) -> None:
         waiting: Job | None = None
         more = True
-        due = 0.0  # the tables are read from all runs: they may take a twentieth of the time
+        due = 0.0  # of a sweep of thousands the tables take longer to write than jobs to end
         while running or waiting or more:
             while waiting or (more and self.runner.is_free()):
                 waiting = waiting or next(jobs, None)
@@ -228,7 +228,8 @@ class SweepLauncher(Launcher):
                 ended(job)
                 if (began := time.monotonic()) >= due:
                     summarise(self.path)
-                    due = time.monotonic() + 20 * (time.monotonic() - began)
+                    took = time.monotonic() - began
+                    due = began + 20 * took if took > 0.5 else 0.0
                 progress.end(job.label, job.folder.record, len(running))
             if running and not over:
                 time.sleep(POLL_SECONDS)

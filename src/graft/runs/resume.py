@@ -29,6 +29,7 @@ FREE = re.compile(
     r"|data\.(num_workers|pin_memory|resident|eval_batch_size)"
     r"|paths\.\w+"
 )
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 REASONS = {
     "backbone": "the checkpoint holds the weights of another one",
     "head": "the checkpoint holds the weights of another one",
@@ -60,6 +61,8 @@ def go_on(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     Returns its metrics, also of one that is done.
     """
     folder = RunFolder.open(path)
+    if overrides and folder.record["status"] in FINAL:
+        raise ValueError(f"{path} has ended, so {' '.join(overrides)} cannot change: train anew")
     if is_done(folder):
         return folder.record["metrics"]
     import_libraries()
@@ -99,7 +102,7 @@ def is_done(folder: RunFolder) -> bool:
     status = folder.record["status"]
     if status not in FINAL:
         return False
-    if is_first_process():
+    if all(int(os.environ.get(rank, 0)) == 0 for rank in RANKS):  # known without Lightning
         print(f"{folder.path} is {'finished' if status == 'done' else status}: nothing to resume")
     return True
 
