@@ -59,12 +59,11 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(
     assert_equal(folder, whole)
 
 
-IN_DEFAULT = ("fine-tuning", "two stages", "lora")
+QUICK = ("fine-tuning", "two stages", "lora")
+KINDS = [pytest.param(k, marks=[] if k in QUICK else [pytest.mark.slow]) for k in RUNS]
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k in IN_DEFAULT else [pytest.mark.slow]) for k in RUNS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_crashes_again_and_again(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
