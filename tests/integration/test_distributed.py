@@ -71,6 +71,7 @@ def test_two_ranks_run_a_plan_like_one_process(
         assert torch.allclose(value.float(), state2[key].float(), atol=1e-4), key
 
 
+@pytest.mark.slow
 def test_ranks_stay_equal_through_gradual_unfreezing(
     graft_process: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def command(*arguments: str | Path, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
 def test_the_wheel_carries_configs_and_weights_and_trains_from_anywhere(tmp_path: Path) -> None:

@@ -31,13 +31,15 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 6006")
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         serve(given.folder or logs(), given.port)
     except ValueError as error:
         sys.exit(f"graft: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def logs() -> Path:
