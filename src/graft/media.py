@@ -198,10 +198,7 @@ def log_end(
         for collect in collected:
             _show_test(board, datamodule, collect)
     for logger in loggers:
-        if isinstance(logger, TensorBoard):
-            logger.close()
-        else:
-            logger.finalize("success")
+        logger.finalize("success")
 
 
 def _show_test(board: TensorBoard, data: TransferDataModule, collected: Collect) -> None:
