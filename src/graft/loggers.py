@@ -83,6 +83,20 @@ class TensorBoard(TensorBoardLogger):
     def flush(self) -> None:
         self.experiment.flush()
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """A stage that succeeds closes nothing: a run is one file of events. Those that start
+        within a second are read in the order of a counter as text, "10" before "9".
+        """
+        if status == "success":
+            self.flush()
+        else:
+            self.close()
+
+    @rank_zero_only
+    def close(self) -> None:
+        super().finalize("failed")
+
 
 class CSV(Logger):
     """`metrics.csv` in the run folder: a row is on disk as soon as it is logged.

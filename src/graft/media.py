@@ -198,7 +198,10 @@ def log_end(
         for collect in collected:
             _show_test(board, datamodule, collect)
     for logger in loggers:
-        logger.finalize("success")
+        if isinstance(logger, TensorBoard):
+            logger.close()
+        else:
+            logger.finalize("success")
 
 
 def _show_test(board: TensorBoard, data: TransferDataModule, collected: Collect) -> None:
