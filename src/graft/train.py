@@ -236,10 +236,11 @@ def train(
         if folder is not None and result.grid is not None:
             result.grid.write(path / "grid.csv")
             media.log_grid(result.grid, loggers)
-        if folder is not None:  # last: from here on, resuming skips this stage
+        if folder is not None:
             flush(loggers)
-            folder.update(stages=[*folder.record["stages"], result.record()])
             (path / "checkpoints" / result.name / PREVIOUS).unlink(missing_ok=True)
+            # Last: from here on, resuming skips this stage.
+            folder.update(stages=[*folder.record["stages"], result.record()])
 
     new_store = partial(
         FeatureStore,
