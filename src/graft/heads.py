@@ -52,7 +52,7 @@ class Standardize(nn.Module):
         self.measured.fill_(True)
 
     def forward(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.std
+        return (features - self.mean).div_(self.std)
 
 
 class Head(nn.Module, ABC):

@@ -20,7 +20,7 @@ from graft.media import Inputs
 from graft.report import EpochLines
 from graft.signals import StopSignals
 from graft.transfer.checkpoint import AtomicCheckpointIO
-from graft.transfer.lean import LeanOptimization
+from graft.transfer.lean import make_lean
 from graft.transfer.sharded import ShardedStrategy
 from graft.transfer.stages import Stage
 from graft.transfer.sync_norm import SyncBatchNorms
@@ -149,7 +149,7 @@ def make_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the datamodule's order already knows the ranks
     )
-    trainer.fit_loop.epoch_loop.automatic_optimization = LeanOptimization(trainer)
+    make_lean(trainer)
     if stop is not None:
         stop.take_over(trainer)
     return trainer

@@ -15,7 +15,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graft.backbones.base import Preprocessing
 from graft.data.batch_transforms import Augment, Prepare
-from graft.data.datasets import Batch, FeatureDataset, ImageDataset, drawn_view, views_count
+from graft.data.datasets import (
+    Batch,
+    Batches,
+    FeatureDataset,
+    ImageDataset,
+    drawn_view,
+    views_count,
+)
 from graft.data.features import StoredFeatures, images_digest
 from graft.data.resident import ResidentDataset, resides
 from graft.data.sample_transform import SampleTransformed, WithEpoch
@@ -198,7 +205,7 @@ class TransferDataModule(L.LightningDataModule):
         self.features = {}
         self.stage_views = views
 
-    def loader(self, split: str, *, train: bool) -> DataLoader[Batch]:
+    def loader(self, split: str, *, train: bool) -> DataLoader[Batch] | Batches:
         """This rank's batches of a split; `train` shuffles."""
         dataset: Dataset[Batch] = self.splits[split]
         trainer = self.trainer
@@ -228,8 +235,9 @@ class TransferDataModule(L.LightningDataModule):
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         if split in self.features:
             labels = self.splits[split].labels
-            dataset = FeatureDataset(self.features[split], labels, self.stage_seed, self._epoch)
-        elif train and self.stage_augments and self.sample_transform is not None:
+            stored = FeatureDataset(self.features[split], labels, self.stage_seed, self._epoch)
+            return Batches(stored, batches)
+        if train and self.stage_augments and self.sample_transform is not None:
             dataset = SampleTransformed(self.splits[split], self.sample_transform, self.stage_seed)
             sampler = WithEpoch(batches)
         elif split in self.residents or resides(self.resident, self.splits[split], device):
@@ -286,13 +294,13 @@ class TransferDataModule(L.LightningDataModule):
     def stage_seed(self) -> int:
         return self.seed + 1_000_003 * self.stage_index
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | Batches:
         return self.loader("train", train=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch] | Batches:
         return self.loader("val", train=False)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Batch] | Batches:
         return self.loader("test", train=False)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -1,33 +1,151 @@
-"""Lightning's training step without the hooks around it that nothing uses."""
+"""Lightning's training epoch and step without the hooks around them that nothing uses."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
-OF_CALLBACKS = (
+IN_A_STEP = (
     "on_before_zero_grad",
     "on_before_backward",
     "on_after_backward",
     "on_before_optimizer_step",
 )
 OF_MODULES = (
-    *OF_CALLBACKS[:-1],  # the module's own on_before_optimizer_step is called
+    *IN_A_STEP[:-1],  # the module's own on_before_optimizer_step is called
     "backward",
     "optimizer_zero_grad",
     "optimizer_step",
     "configure_gradient_clipping",
 )
+AROUND_A_STEP = (
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "lr_scheduler_step",
+)
+
+
+def make_lean(trainer: L.Trainer) -> None:
+    """Have the trainer fit with the loops below; call it before anything else changes them."""
+    own = trainer.fit_loop.epoch_loop
+    trainer.fit_loop.epoch_loop = LeanEpochLoop(trainer, own.min_steps, own.max_steps)
+
+
+def is_plain(trainer: Any) -> bool:
+    """Whether it trains on one device, unscaled and unprofiled."""
+    precision = trainer.precision_plugin
+    return (
+        type(trainer.strategy) is SingleDeviceStrategy
+        and type(precision) in (Precision, MixedPrecision)
+        and getattr(precision, "scaler", None) is None
+        and type(trainer.profiler) is PassThroughProfiler
+    )
+
+
+class LeanEpochLoop(_TrainingEpochLoop):
+    """The batches of an epoch, with the callbacks that have something to do at each.
+
+    Lightning asks every callback, the module, the datamodule and the strategy, through layers of
+    its own, at eight places. Where one of them does something that is not known here, and at the
+    first batches after a restart, its own code runs.
+    """
+
+    def __init__(self, trainer: L.Trainer, min_steps: int | None, max_steps: int) -> None:
+        super().__init__(trainer, min_steps, max_steps)
+        self.automatic_optimization = LeanOptimization(trainer)
+
+    @cached_property
+    def _plain(self) -> bool:
+        trainer: Any = self.trainer
+        module, data = trainer.lightning_module, trainer.datamodule
+        return (
+            is_plain(trainer)
+            and module.automatic_optimization
+            and data is not None
+            and not any(is_overridden(hook, module, L.LightningModule) for hook in AROUND_A_STEP)
+            and not any(is_overridden(hook, data, DataHooks) for hook in AROUND_A_STEP[:2])
+            and not is_overridden("on_after_batch_transfer", module, DataHooks)
+            and all(
+                config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau
+                for config in trainer.lr_scheduler_configs
+            )
+        )
+
+    @cached_property
+    def _starts(self) -> list[Callable[..., None]]:
+        return self._hooks("on_train_batch_start")
+
+    @cached_property
+    def _ends(self) -> list[Callable[..., None]]:
+        return self._hooks("on_train_batch_end")
+
+    def _hooks(self, name: str) -> list[Callable[..., None]]:
+        callbacks = self.trainer.callbacks
+        return [getattr(c, name) for c in callbacks if is_overridden(name, c, L.Callback)]
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        trainer: Any = self.trainer
+        if (
+            self.restarting
+            or not self._plain
+            or trainer.accumulate_grad_batches != 1
+            or isinstance(data_fetcher, _DataLoaderIterDataFetcher)
+        ):
+            super().advance(data_fetcher)
+            return
+        module, progress, log = (
+            trainer.lightning_module,
+            self.batch_progress,
+            trainer._logger_connector,
+        )
+        self.val_loop.restarting = False
+        batch, *_ = next(data_fetcher)
+        batch_idx = self.batch_idx + 1
+        progress.is_last_batch = data_fetcher.done
+        batch = trainer.precision_plugin.convert_input(batch)
+        if trainer.strategy.root_device.type != "cpu":
+            batch = move_data_to_device(batch, trainer.strategy.root_device)
+        batch = trainer.datamodule.on_after_batch_transfer(batch, 0)
+
+        progress.increment_ready()
+        log.on_batch_start(batch)
+        module._current_fx_name = "on_train_batch_start"  # `self.log` asks who calls it
+        for start in self._starts:
+            start(trainer, module, batch, batch_idx)
+        module._current_fx_name = None
+        progress.increment_started()
+        kwargs = OrderedDict(batch=batch, batch_idx=batch_idx)
+        output = self.automatic_optimization.run(trainer.optimizers[0], batch_idx, kwargs)
+        progress.increment_processed()
+        for config in trainer.lr_scheduler_configs:
+            self.scheduler_progress.increment_ready()
+            config.scheduler.step()
+            self.scheduler_progress.increment_completed()
+
+        module._current_fx_name = "on_train_batch_end"
+        for end in self._ends:
+            end(trainer, module, output, batch, batch_idx)
+        module._current_fx_name = None
+        log.on_batch_end()
+        progress.increment_completed()
+        log.update_train_step_metrics()
 
 
 class LeanOptimization(_AutomaticOptimization):
@@ -41,14 +159,11 @@ class LeanOptimization(_AutomaticOptimization):
     @cached_property
     def _plain(self) -> bool:
         trainer: Any = self.trainer
-        module, precision = trainer.lightning_module, trainer.precision_plugin
+        module = trainer.lightning_module
         return (
-            type(trainer.strategy) is SingleDeviceStrategy
-            and type(precision) in (Precision, MixedPrecision)
-            and getattr(precision, "scaler", None) is None
-            and type(trainer.profiler) is PassThroughProfiler
+            is_plain(trainer)
             and not any(is_overridden(hook, module, L.LightningModule) for hook in OF_MODULES)
-            and not any(is_overridden(h, c) for h in OF_CALLBACKS for c in trainer.callbacks)
+            and not any(is_overridden(h, c) for h in IN_A_STEP for c in trainer.callbacks)
         )
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> Any:
@@ -61,7 +176,7 @@ class LeanOptimization(_AutomaticOptimization):
         @torch.enable_grad()
         def closure() -> Any:
             nonlocal result
-            module._current_fx_name = "training_step"  # `self.log` asks who calls it
+            module._current_fx_name = "training_step"
             with trainer.precision_plugin.train_step_context():
                 output = module.training_step(*kwargs.values())
             result = ClosureResult.from_training_step_output(output)
