@@ -19,6 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from graft.config import check, chosen_options
+from graft.runs.compose import Composer
 from graft.runs.folder import FINAL, RunFolder, run_name
 from graft.runs.progress import Progress, console
 from graft.runs.records import read_run, run_folders
@@ -91,7 +92,7 @@ class SweepLauncher(Launcher):
         if "TORCHELASTIC_RUN_ID" in os.environ or tasks > 1:
             raise ValueError("a sweep is one process, which starts those of its jobs: run it alone")
         self.config = config
-        self.loader = hydra_context.config_loader
+        self.composer = Composer(hydra_context.config_loader, config)
         self.path = Path(config.hydra.sweep.dir)
         self.lock = FileLock(self.path / ".lock")
         self.earlier: dict[str, list[Path]] | None = None
@@ -119,7 +120,7 @@ class SweepLauncher(Launcher):
     def compose(self, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
         """The checked config of a job, its overrides, the options of its config groups."""
         setup_globals()
-        config = self.loader.load_sweep_config(self.config, list(overrides))
+        config = self.composer.compose(overrides)
         HydraConfig.instance().set_config(config)
         hydra = config.hydra
         with open_dict(config):
