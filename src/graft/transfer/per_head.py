@@ -48,9 +48,9 @@ class PerHead(Optimizer):
     """Steps of torch's SGD, Adam or AdamW in which every head has its own rate and weight decay.
 
     Their step is proportional to the learning rate, and depends on the weights through the decay
-    alone. So one step is taken from zero at the fastest rate without decay, which leaves exactly
-    the update in the parameter, and is then scaled per head. (The difference of two weights would
-    lose digits.) Groups come from `grid_groups`.
+    alone. So one step is taken from zeros in place of the weights, at the fastest rate and without
+    decay: what is left there is the update, which is added to the weights scaled per head. (The
+    difference of two weights would lose digits.) Groups come from `grid_groups`.
     """
 
     def __init__(self, inner: Optimizer) -> None:
@@ -62,6 +62,7 @@ class PerHead(Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
         self._columns: dict[tuple[Tensor, str], Tensor] = {}
+        self._scratch: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -69,28 +70,33 @@ class PerHead(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        before = {}
+        weights = {}
         for group in self.param_groups:
+            decayed, decoupled = any(group["decay"]), group.get("decoupled_weight_decay", False)
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                before[p] = p.clone()
-                if any(group["decay"]):
-                    decay = self._column(p, group, "decay")
-                    if group.get("decoupled_weight_decay", False):
-                        rate = group["lr"] * self._column(p, group, "lr_scale")
-                        before[p].mul_((1 - rate * decay).to(p.dtype))
-                    else:
-                        p.grad.addcmul_(p, decay.to(p.dtype))
-                p.zero_()
+                if decayed and decoupled:
+                    rate = group["lr"] * self._column(p, group, "lr_scale")
+                    p.mul_((1 - rate * self._column(p, group, "decay")).to(p.dtype))
+                elif decayed:
+                    p.grad.addcmul_(p, self._column(p, group, "decay").to(p.dtype))
+                weights[p], p.data = p.data, self._zeros(p)
         # Ours are the ones that schedulers change and checkpoints restore.
         self.inner.param_groups, self.inner.state = self.param_groups, self.state
         self.inner.step()
         for group in self.param_groups:
             for p in group["params"]:
-                if p in before:
-                    p.mul_(self._column(p, group, "lr_scale").to(p.dtype)).add_(before[p])
+                if p in weights:
+                    update, p.data = p.data, weights[p]
+                    p.addcmul_(update, self._column(p, group, "lr_scale").to(p.dtype))
         return loss
+
+    def _zeros(self, p: Tensor) -> Tensor:
+        """Where `p` lies during a step; the same memory in every step."""
+        if p not in self._scratch:
+            self._scratch[p] = torch.empty_like(p)
+        return self._scratch[p].zero_()
 
     def _column(self, p: Tensor, group: dict[str, Any], key: str) -> Tensor:
         """A number per head in float64, shaped to act along the first dimension of `p`."""
