@@ -22,6 +22,7 @@ from graft.transfer.stages import Stage, StageResult
 WORDS = ("group", "trainable", "norm")  # columns of the table of groups
 
 console = Console(highlight=False, soft_wrap=True)
+FILE_WIDTH = 120  # columns of tables in output that goes to a file
 
 
 @rank_zero_only
@@ -67,14 +68,19 @@ def print_stage(module: TransferModule, stage: Stage) -> None:
         seeds = {point.seed for point in points}
         if len(seeds) > 1 and all(bool((p[0] == p[1]).all()) for p in module.head.parameters()):
             say("          note: these heads start equal whatever the seed, so they stay equal")
-    table = Table(title=f"stage {stage.name}: {stage.epochs} epochs", title_justify="left")
+    epochs = "1 epoch" if stage.epochs == 1 else f"{stage.epochs} epochs"
+    table = Table(title=f"stage {stage.name}: {epochs}", title_justify="left")
     rows = stage_table(module)
     for column in rows[0]:
         table.add_column(column, justify="left" if column in WORDS else "right")
     for row in rows:
         cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in row.values())
         table.add_row(*cells, style="dim" if row["trainable"] == "no" else None)
-    console.print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console.print(table, width=None if console.is_terminal else FILE_WIDTH)
 
 
 @rank_zero_only
@@ -91,7 +97,7 @@ def print_chosen(result: StageResult, top: int = 10) -> None:
         table.add_column(column, justify="right")
     for index in order[:top]:
         table.add_row(*(_short(value) for value in result.grid.row(index).values()))
-    console.print(table)
+    _print(table)
     best = result.grid.points[order[0]].lr
     rates = sorted({point.lr for point in result.grid.points})
     if len(rates) > 1 and best in (rates[0], rates[-1]):
@@ -170,7 +176,7 @@ def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
     for name, value in result["metrics"].items():
         interval = result["intervals"].get(name)
         table.add_row(name, _score(name, value), _interval(name, interval))
-    console.print(table)
+    _print(table)
     names = list(result["classes"])
     order = list(range(len(names)))
     accuracy = [result["per_class"][name]["acc"] for name in names]
@@ -186,7 +192,7 @@ def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
         share = f"{names[taken]} {100 * wrong[taken] / row['images']:.1f} %" if any(wrong) else ""
         acc = "" if row["acc"] is None else _score("acc", row["acc"])
         table.add_row(names[i], f"{row['images']:,}", acc, _interval("acc", row["interval"]), share)
-    console.print(table)
+    _print(table)
 
 
 def print_corruptions(result: Mapping[str, Any]) -> None:
@@ -199,7 +205,7 @@ def print_corruptions(result: Mapping[str, Any]) -> None:
         values = [100 * row["acc"] for row in rows]
         mean = sum(values) / len(values)
         table.add_row(name, *(f"{value:.2f}" for value in (*values, mean)))
-    console.print(table)
+    _print(table)
     say(f"clean     {_score('acc', result['metrics']['acc'])}")
     say(f"mean      {_score('acc', result['mean_acc'])} over all corruptions and severities")
 

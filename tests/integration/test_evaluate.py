@@ -239,8 +239,8 @@ def test_data_of_other_classes_says_which(
 
 
 def test_what_is_not_there_or_not_whole(graft: Graft, tuned: Path, tmp_path: Path) -> None:
-    assert "is no run folder" in error(graft, tmp_path / "nowhere")
-    assert "is no run folder" in error(graft, tuned / "checkpoints")
+    assert "is not a run folder" in error(graft, tmp_path / "nowhere")
+    assert "is not a run folder" in error(graft, tuned / "checkpoints")
     assert "neither a folder nor one of cifar10, digits" in error(graft, tuned, "--data", "cifr10")
     wrong = error(graft, tuned, "--data", "synthetic", "data.source.clases=3")
     assert wrong.startswith("no config key data.source.clases")

@@ -277,9 +277,11 @@ def test_each_run_and_each_key_that_differs(graft: Graft, tmp_path: Path) -> Non
         (["empty"], "empty: no run folder in it"),
         (["logs", "--where", "optimzer.lr=1"], "no config key optimzer.lr in these runs: did you"),
         (["logs", "--where", "optimizer.lr"], "--where optimizer.lr: write KEY=VALUE"),
-        (["logs", "--where", "seed=7"], "no run is left by --where and --status"),
+        (["logs", "--where", "seed=7"], "--where seed=7: no run; there is 0, 1"),
+        (["logs", "--status", "failed"], "--status failed: no run; they are done"),
         (["logs", "--metric", "test/ac"], "no metric test/ac in these runs: did you mean test/acc"),
         (["logs", "--sort", "lr"], "no metric or differing key lr in these runs"),
+        (["logs", "--where", "lr=1"], "no config key lr in these runs: did you mean optimizer.lr"),
         (["logs", "--pivot", "transfer", "labels"], "no config key labels in these runs"),
         (["logs", "--baseline", "transfer=lora"], "baseline transfer=lora: no finished run"),
         (["logs", "--baseline", "data=digits"], "baseline data=digits: 4 groups have that; name"),
@@ -306,6 +308,13 @@ def test_a_plot_has_the_curves_and_the_groups(graft: Graft, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "out.png") as image:
         assert image.size[0] > 1000
+
+
+def test_the_interval_of_an_accuracy_ends_where_accuracies_do(graft: Graft, tmp_path: Path) -> None:
+    """Two seeds ten points apart: t gives 0.9 ± 0.64."""
+    for seed, acc in enumerate((0.85, 0.95)):
+        add_run(tmp_path / "logs", acc, seed=seed)
+    assert "[26.47, 100.00]" in graft("compare", "logs").stdout
 
 
 def test_thousands_of_runs_are_one_table(graft: Graft, tmp_path: Path) -> None:

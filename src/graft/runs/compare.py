@@ -64,11 +64,17 @@ def _compare(options: argparse.Namespace) -> None:
     runs = find_runs(options.places)
     keys = [*dict.fromkeys(key for run in runs for key in run.values)]
     for condition in options.where:
-        runs = _chosen(runs, *_condition("--where", condition, keys))
+        key, wanted = _condition("--where", condition, keys)
+        there = [*dict.fromkeys(run.values.get(key, ABSENT) for run in runs if not run.problem)]
+        runs = _chosen(runs, key, wanted)
+        if not runs:
+            more = ", ..." if len(there) > 8 else ""
+            raise ValueError(f"--where {condition}: no run; there is {', '.join(there[:8])}{more}")
     if options.status:
+        there = [*dict.fromkeys(run.status for run in runs)]
         runs = [run for run in runs if run.status == options.status]
-    if not runs:
-        raise ValueError("no run is left by --where and --status")
+        if not runs:
+            raise ValueError(f"--status {options.status}: no run; they are {', '.join(there)}")
     comparison = grouped(runs)
     if options.each or options.keys or not comparison.groups:
         table = run_table(runs, comparison.columns)
@@ -82,10 +88,10 @@ def _compare(options: argparse.Namespace) -> None:
         return
     metrics = metric_names(comparison, options.metric)
     comparison = _sorted(comparison, options.sort, options.reverse)
-    wanted = {}
+    baseline = {}
     for condition in options.baseline:
-        key, (wanted[key], *_) = _condition("--baseline", condition, keys)
-    table = group_table(comparison, metrics, wanted)
+        key, (baseline[key], *_) = _condition("--baseline", condition, keys)
+    table = group_table(comparison, metrics, baseline)
     tables = [table]
     if options.pivot:
         row, column = (known(key, keys, "config key") for key in options.pivot)
@@ -97,6 +103,7 @@ def _compare(options: argparse.Namespace) -> None:
         from graft.runs.plots import draw
 
         draw(comparison, metrics[0], options.plot)
+        print(f"wrote {options.plot}")
 
 
 def _put(tables: Sequence[Table], file: Path | None) -> None:

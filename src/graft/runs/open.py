@@ -16,7 +16,7 @@ from graft.runs.folder import FORMAT
 def read_run(run: Path) -> tuple[dict[str, Any], str]:
     """The resolved config and the status of a run folder."""
     if not (run / "config.yaml").is_file() or not (run / "run.json").is_file():
-        raise ValueError(f"{run} is no run folder: it has no config.yaml and run.json")
+        raise ValueError(f"{run} is not a run folder: it has no config.yaml and run.json")
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except ValueError as error:

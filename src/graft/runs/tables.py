@@ -106,6 +106,8 @@ def _metric_columns(name: str, groups: Sequence[Group], *, interval: bool) -> li
             intervals.add(ABSENT)
         else:
             low, high = summary.mean - summary.half, summary.mean + summary.half
+            if percent(name):  # the t interval of few seeds knows no bounds
+                low, high = max(low, 0.0), min(high, 1.0)
             values.add(text, summary.mean, summary.sd, low, high)
             intervals.add(f"[{shown(name, low)}, {shown(name, high)}]")
     return [values, intervals] if interval else [values]

@@ -169,10 +169,13 @@ class FeatureStore:
         )
 
     def _filled(self, split: str, entry: ShardedRows) -> StoredFeatures:
+        size = (
+            f"{entry.bytes / 1e9:.2f} GB" if entry.bytes >= 1e8 else f"{entry.bytes / 1e6:.1f} MB"
+        )
         if missing := len(entry.missing()):
             self.tell(
                 f"features  {split}: computing {missing} of {len(entry.shards)} parts, "
-                f"{entry.bytes / 1e9:.2f} GB in {entry.path}"
+                f"{size} in {entry.path}"
             )
             started = time.perf_counter()
             entry.fill(self._extractor(split).rows, self.progress)
@@ -180,7 +183,7 @@ class FeatureStore:
             images = missing / len(entry.shards) * entry.rows
             self.tell(f"features  {split}: {seconds:.1f} s, {images / seconds:.0f} images/s")
         else:
-            self.tell(f"features  {split}: stored already, {entry.bytes / 1e9:.2f} GB")
+            self.tell(f"features  {split}: stored already, {size}")
             os.utime(entry.path / "about.json")  # `graft cache prune` goes by it
         return StoredFeatures(entry, views_count(self._views(split)), self.module.device)
 
