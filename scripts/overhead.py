@@ -46,11 +46,11 @@ def timed(part: str, owner: Any, *names: str) -> None:
 
 
 def main() -> None:
-    from graft import collect, loggers, media, train
+    from graft import collect, loggers, media, startup, train
     from graft.runs.folder import RunFolder
     from graft.transfer import checkpoint
 
-    train.import_libraries()
+    startup.import_libraries()
     imported = time.perf_counter() - started
     timed("run folder", RunFolder, "create", "update", "finish")
     timed("TensorBoard", loggers.TensorBoard, "log_metrics", "flush", "finalize")

@@ -142,7 +142,8 @@ def train_tiny(tmp_path: Path) -> Train:
 
     def call(*overrides: str) -> Trained:
         from graft.runs.folder import RunFolder
-        from graft.train import quiet_libraries, train
+        from graft.startup import quiet_libraries
+        from graft.train import train
 
         quiet_libraries()
         config = compose(*TINY, *overrides)

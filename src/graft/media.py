@@ -23,7 +23,8 @@ from graft.data.datasets import Batch
 from graft.loggers import CSV, TensorBoard
 from graft.scores import Predictions, confusion_matrix, scores
 from graft.transfer.grid import GridRecord
-from graft.transfer.stages import Stage, StageResult
+from graft.transfer.results import StageResult
+from graft.transfer.stages import Stage
 
 if TYPE_CHECKING:
     from graft.module import TransferModule

@@ -17,7 +17,8 @@ from rich.table import Table
 from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
 from graft.transfer.param_groups import describe_groups
-from graft.transfer.stages import Stage, StageResult
+from graft.transfer.results import StageResult
+from graft.transfer.stages import Stage
 
 WORDS = ("group", "trainable", "norm")  # columns of the table of groups
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import logging
 import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -24,11 +20,13 @@ from omegaconf import DictConfig
 from graft.config import CONFIGS, check, chosen_options, explain, make
 from graft.runs.sweep import failures
 from graft.signals import Preempted, Pruned, StopSignals, requeue
+from graft.startup import import_libraries, is_first_process, quiet_libraries
 
 if TYPE_CHECKING:
     from graft.module import TransferModule
     from graft.runs.folder import RunFolder
-    from graft.transfer.stages import Resumed, Stage, StageResult
+    from graft.transfer.results import Resumed, StageResult
+    from graft.transfer.stages import Stage
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
@@ -139,30 +137,6 @@ def recorded(
     return metrics
 
 
-def is_first_process() -> bool:
-    """Of all nodes; before a Trainer exists, Lightning may know the rank within this node only."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]
-    return rank == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
-
-
-def import_libraries() -> None:
-    """What every run imports, a fifth faster: the garbage collector would go through the modules
-    again and again while they load, and after that too. Nothing of them is garbage until the
-    process ends, when triton would report as leaked what still is set aside.
-    """
-    if "torch" in sys.modules:
-        return
-    gc.disable()
-    try:
-        from graft import build, report, trainer  # noqa: F401
-    finally:
-        gc.freeze()
-        atexit.register(gc.unfreeze)
-        gc.enable()
-
-
 def train(
     config: dict[str, Any],
     folder: RunFolder | None,
@@ -183,7 +157,7 @@ def train(
     from graft.build import build, build_stages
     from graft.collect import Collect
     from graft.loggers import advance, flush, rewind
-    from graft.trainer import compile_blocks, make_trainer, trainer_options
+    from graft.trainer import compile_blocks, describe_device, make_trainer, trainer_options
     from graft.transfer.checkpoint import PREVIOUS
     from graft.transfer.last_checkpoint import LastCheckpoint
     from graft.transfer.stages import StartStage, run_stages
@@ -272,34 +246,6 @@ def train(
     tested = {key: float(value) for key, value in tested.items()}
     media.log_end(loggers, datamodule, collect, results)
     return {"val/acc": results[-1].best_score, **tested}, module
-
-
-def describe_device(options: dict[str, Any]) -> str:
-    import torch
-
-    where = options["accelerator"]
-    if where == "gpu":
-        where = torch.cuda.get_device_name()
-    elif where == "cpu":
-        where = f"CPU, {torch.get_num_threads()} threads"
-    return f"{where}, devices={options['devices']}, precision {options['precision']}"
-
-
-def quiet_libraries() -> None:
-    """Silence what a user can do nothing about; everything else stays."""
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    for message in (
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*does not have many workers.*",  # batches are one indexing call: workers cost time here
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
-        ".*`broadcast_buffers` is deprecated.*",  # its replacement is not in torch 2.11
-        ".*The number of training batches .* is smaller than the logging interval.*",
-        ".*resuming from a checkpoint that ended before the epoch ended.*",  # the order is ours
-        ".*module.s. in eval mode at the start of training.*",  # frozen blocks are meant to be
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 def entry(command: Callable[[], Any] = main) -> None:

@@ -75,6 +75,15 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def describe_device(options: dict[str, Any]) -> str:
+    where = options["accelerator"]
+    if where == "gpu":
+        where = torch.cuda.get_device_name()
+    elif where == "cpu":
+        where = f"CPU, {torch.get_num_threads()} threads"
+    return f"{where}, devices={options['devices']}, precision {options['precision']}"
+
+
 def started_processes() -> int:
     """How many processes torchrun or srun started for this run; 1 without either."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

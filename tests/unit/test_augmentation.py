@@ -220,8 +220,8 @@ def epochs(workers: int, *overrides: str) -> list[dict[str, Tensor]]:
     _, datamodule = build(compose(*TINY, f"data.num_workers={workers}", ROTATED, *overrides))
     found = []
     for epoch in range(2):
-        loader = datamodule.loader("train", train=True)
-        sampler: Any = loader.sampler
+        loader: Any = datamodule.loader("train", train=True)
+        sampler = loader.sampler
         getattr(sampler, "batches", sampler).epoch = lambda epoch=epoch: epoch
         before = torch.get_rng_state()
         parts = list(loader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
-from graft.train import is_first_process
+from graft.startup import is_first_process
 from graft.trainer import trainer_options
 from tests.conftest import compose
 

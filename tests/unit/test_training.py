@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from graft.build import build, build_stages
 from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
-from graft.train import import_libraries
+from graft.startup import import_libraries
 from graft.transfer import schedules
 from graft.transfer.checkpoint import load_checkpoint
 from tests.conftest import TINY, Train, compose, same
@@ -343,7 +343,7 @@ def test_the_garbage_collector_works_again_after_the_imports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As if this were the first run of the process.
-    monkeypatch.setattr("graft.train.sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr("graft.startup.sys", SimpleNamespace(modules={}))
     try:
         import_libraries()
         assert gc.isenabled()

@@ -128,7 +128,8 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     from graft import report
     from graft.evaluator import Evaluator
     from graft.scores import scores
-    from graft.train import describe_device, quiet_libraries
+    from graft.startup import quiet_libraries
+    from graft.trainer import describe_device
 
     quiet_libraries()
     started = time.perf_counter()

@@ -15,10 +15,11 @@ from graft.config import CONFIGS, check, leaves
 from graft.runs.folder import FINAL, RunFolder
 from graft.runs.sweep import SWEEP, start_again
 from graft.signals import slurm_job
-from graft.train import entry, import_libraries, is_first_process, recorded
+from graft.startup import import_libraries, is_first_process
+from graft.train import entry, recorded
 
 if TYPE_CHECKING:
-    from graft.transfer.stages import Resumed
+    from graft.transfer.results import Resumed
 
 Tell = Callable[[str], Any]
 
@@ -170,7 +171,7 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
     import torch
 
     from graft.transfer.checkpoint import is_whole
-    from graft.transfer.stages import Resumed, StageResult
+    from graft.transfer.results import Resumed, StageResult
 
     done = [StageResult.recorded(record, folder.path) for record in folder.record["stages"]]
     for result in done:

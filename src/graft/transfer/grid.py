@@ -164,8 +164,9 @@ class GridFit(nn.Module):
 
 def head_losses(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of each head (K,) from logits (N, K, C)."""
+    # Heads innermost in memory: the softmax over a few classes then runs along many numbers.
     losses = F.cross_entropy(
-        logits.transpose(1, 2),
+        logits.transpose(1, 2).contiguous(),
         labels[:, None].expand(logits.shape[:2]),
         reduction="none",
         label_smoothing=label_smoothing,

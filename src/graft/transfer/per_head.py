@@ -61,7 +61,7 @@ class PerHead(Optimizer):
             )
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
-        self._columns: dict[tuple[Tensor, str], Tensor] = {}
+        self._columns: dict[tuple[Tensor, str, torch.dtype], Tensor] = {}
         self._scratch: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class PerHead(Optimizer):
                     rate = group["lr"] * self._column(p, group, "lr_scale")
                     p.mul_((1 - rate * self._column(p, group, "decay")).to(p.dtype))
                 elif decayed:
-                    p.grad.addcmul_(p, self._column(p, group, "decay").to(p.dtype))
+                    p.grad.addcmul_(p, self._column(p, group, "decay", p.dtype))
                 weights[p], p.data = p.data, self._zeros(p)
         # Ours are the ones that schedulers change and checkpoints restore.
         self.inner.param_groups, self.inner.state = self.param_groups, self.state
@@ -89,7 +89,7 @@ class PerHead(Optimizer):
             for p in group["params"]:
                 if p in weights:
                     update, p.data = p.data, weights[p]
-                    p.addcmul_(update, self._column(p, group, "lr_scale").to(p.dtype))
+                    p.addcmul_(update, self._column(p, group, "lr_scale", p.dtype))
         return loss
 
     def _zeros(self, p: Tensor) -> Tensor:
@@ -98,9 +98,11 @@ class PerHead(Optimizer):
             self._scratch[p] = torch.empty_like(p)
         return self._scratch[p].zero_()
 
-    def _column(self, p: Tensor, group: dict[str, Any], key: str) -> Tensor:
-        """A number per head in float64, shaped to act along the first dimension of `p`."""
-        if (p, key) not in self._columns:
-            column = torch.tensor(group[key], dtype=torch.float64, device=p.device)
-            self._columns[p, key] = column.view(-1, *[1] * (p.ndim - 1))
-        return self._columns[p, key]
+    def _column(
+        self, p: Tensor, group: dict[str, Any], key: str, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """A number per head, shaped to act along the first dimension of `p`."""
+        if (p, key, dtype) not in self._columns:
+            column = torch.tensor(group[key], dtype=dtype, device=p.device)
+            self._columns[p, key, dtype] = column.view(-1, *[1] * (p.ndim - 1))
+        return self._columns[p, key, dtype]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,9 +18,10 @@ from graft.loggers import advance
 from graft.transfer.checkpoint import BEST, LAST, is_final, load_checkpoint, replace_weights
 from graft.transfer.ema import EMA
 from graft.transfer.freeze import NormPolicy, Trainable
-from graft.transfer.grid import Grid, GridRecord, finish_grid, start_grid
+from graft.transfer.grid import Grid, finish_grid, start_grid
 from graft.transfer.last_checkpoint import LastCheckpoint
 from graft.transfer.lora import LoRA
+from graft.transfer.results import Resumed, StageResult
 from graft.transfer.schedules import Schedule
 from graft.transfer.solvers import Solve, Solver
 from graft.transfer.stored import FeatureStore, measure_head
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from graft.module import TransferModule
 
 NewStore = Callable[..., FeatureStore]
-SMALL_STEP = 1e9
-"""FLOP below which a step on stored features runs on one thread: to split it gains little, and on
-a busy machine each of its barriers waits for a core (measured: 10 times slower)."""
+SMALL_STEP = 1e8
+"""FLOP below which a step on stored features runs on one thread, in about a millisecond: to split
+it gains little, and on a busy machine each of its barriers waits for a core."""
 
 
 @dataclass
@@ -91,51 +92,6 @@ class Stage:
     solver: Solver = "sgd"
     strengths: Sequence[float] | None = None
     grid: Grid | None = None
-
-
-@dataclass
-class StageResult:
-    """What a stage ends with, and a resumed run needs of it.
-
-    `steps`: of the loggers' axis that it took. `head`: hyper-parameters the stage chose; `grid`:
-    scores of all its heads, if it had many.
-    """
-
-    name: str
-    best_checkpoint: Path
-    best_score: float
-    seconds: float = 0.0
-    steps: int = 0
-    head: dict[str, Any] = field(default_factory=dict)
-    grid: GridRecord | None = None
-
-    def record(self) -> dict[str, Any]:
-        """For `run.json`; the checkpoint's path is relative to it."""
-        return {
-            "name": self.name,
-            "best_checkpoint": f"checkpoints/{self.name}/{BEST}",
-            "val/acc": self.best_score,
-            "steps": self.steps,
-            "seconds": round(self.seconds, 1),
-        }
-
-    @classmethod
-    def recorded(cls, record: dict[str, Any], run: Path) -> StageResult:
-        best = run / record["best_checkpoint"]
-        return cls(record["name"], best, record["val/acc"], record["seconds"], record["steps"])
-
-
-@dataclass
-class Resumed:
-    """How far an interrupted plan came.
-
-    `checkpoint`: of the stage after those done, to go on from; None to start that stage anew.
-    `step`: where it is on the loggers' axis.
-    """
-
-    done: Sequence[StageResult] = ()
-    checkpoint: Path | None = None
-    step: int = 0
 
 
 MakeTrainer = Callable[[Stage, list[L.Callback]], L.Trainer]
