@@ -81,7 +81,9 @@ def print_stage(module: TransferModule, stage: Stage) -> None:
 
 
 def _print(table: Table) -> None:
-    console.print(table, width=None if console.is_terminal else FILE_WIDTH)
+    wide = max(console.width, FILE_WIDTH)
+    to = console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=wide)
+    to.print(table)
 
 
 @rank_zero_only

@@ -17,10 +17,6 @@ def import_libraries() -> None:
     """
     if "torch" in sys.modules:
         return
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # How often a thread looks for work before it sleeps. libgomp's own 300,000 keep a core from
-        # the thread that is waited for, where several processes share a machine.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     gc.disable()
     try:
         from graft import build, report, trainer  # noqa: F401

@@ -12,11 +12,13 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+KEPT = 8  # compositions
+
 
 class Composer:
     """Composes jobs as Hydra's own loader does, several times faster.
 
-    What takes a fifth of a second is reading and merging the chosen options of config groups, which
+    What takes a tenth of a second is reading and merging the chosen options of config groups, which
     most sweeps choose once for all jobs. Hydra sets single values after that, so here they are set
     in a copy.
 
@@ -37,13 +39,14 @@ class Composer:
         Raises:
             ConfigCompositionException: an option or a key that there is not.
         """
+        if self.master.hydra.searchpath:  # groups lie in more places than are asked here
+            return self.loader.load_sweep_config(self.master, list(overrides))
         parsed = self.parser.parse_overrides(list(overrides))
-        # From the first key that is added or deleted to the last one, their order matters.
-        edits = [i for i, override in enumerate(parsed) if _adds_or_deletes(override)]
-        start = edits[-1] + 1 if edits else 0
-        values = [override for override in parsed[start:] if self._is_value(override)]
+        values = self._values(parsed)
         rest = tuple(str(override.input_line) for override in parsed if override not in values)
         if rest not in self.bases:
+            if len(self.bases) >= KEPT:
+                self.bases.clear()
             self.bases[rest] = self.loader.load_sweep_config(self.master, list(rest))
         config = copy.deepcopy(self.bases[rest])
         try:
@@ -54,16 +57,32 @@ class Composer:
         note_overrides(config, [o for o in parsed if not o.is_hydra_override()])
         return config
 
-    def _is_value(self, override: Override) -> bool:
+    def _values(self, overrides: Sequence[Override]) -> list[Override]:
+        """Those that set a key, and that may as well be made after all others."""
+        values: list[Override] = []
+        before: list[str] = []  # keys of what has to stay where it is
+        for override in reversed(overrides):
+            if self._chooses_option(override):
+                continue
+            key = override.key_or_group
+            edits = override.is_add() or override.is_force_add() or override.is_delete()
+            if edits or any(
+                f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in before
+            ):
+                before.append(key)
+            else:
+                values.insert(0, override)
+        return values
+
+    def _chooses_option(self, override: Override) -> bool:
         return (
-            override.package is None
-            and not override.is_hydra_override()
-            and not self.loader.repository.group_exists(override.key_or_group)
+            override.is_hydra_override()
+            or override.package is not None
+            or (
+                self.loader.repository.group_exists(override.key_or_group)
+                and not isinstance(override.value(), dict)
+            )
         )
-
-
-def _adds_or_deletes(override: Override) -> bool:
-    return override.is_add() or override.is_force_add() or override.is_delete()
 
 
 def note_overrides(config: DictConfig, overrides: list[Override]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -64,57 +63,48 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     Lightning asks every callback, the module, the datamodule and the strategy, through layers of
     its own, at eight places. Where one of them does something that is not known here, and at the
-    first batches after a restart, its own code runs.
+    first batch after a restart, its own code runs.
     """
 
     def __init__(self, trainer: L.Trainer, min_steps: int | None, max_steps: int) -> None:
         super().__init__(trainer, min_steps, max_steps)
         self.automatic_optimization = LeanOptimization(trainer)
+        self.plain = False
+        self.starts: list[Callable[..., None]] = []
+        self.ends: list[Callable[..., None]] = []
 
-    @cached_property
-    def _plain(self) -> bool:
+    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        """In every epoch: callbacks may have changed callbacks and schedulers."""
+        super().on_run_start(data_fetcher)
         trainer: Any = self.trainer
         module, data = trainer.lightning_module, trainer.datamodule
-        return (
+        self.automatic_optimization.look()
+        self.plain = (
             is_plain(trainer)
             and module.automatic_optimization
             and data is not None
+            and not isinstance(data_fetcher, _DataLoaderIterDataFetcher)
             and not any(is_overridden(hook, module, L.LightningModule) for hook in AROUND_A_STEP)
             and not any(is_overridden(hook, data, DataHooks) for hook in AROUND_A_STEP[:2])
             and not is_overridden("on_after_batch_transfer", module, DataHooks)
+            and "batch_idx" in self._build_kwargs(OrderedDict(), None, 0)
             and all(
                 config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau
                 for config in trainer.lr_scheduler_configs
             )
         )
-
-    @cached_property
-    def _starts(self) -> list[Callable[..., None]]:
-        return self._hooks("on_train_batch_start")
-
-    @cached_property
-    def _ends(self) -> list[Callable[..., None]]:
-        return self._hooks("on_train_batch_end")
-
-    def _hooks(self, name: str) -> list[Callable[..., None]]:
-        callbacks = self.trainer.callbacks
-        return [getattr(c, name) for c in callbacks if is_overridden(name, c, L.Callback)]
+        self.starts, self.ends = (
+            [getattr(c, name) for c in trainer.callbacks if is_overridden(name, c, L.Callback)]
+            for name in ("on_train_batch_start", "on_train_batch_end")
+        )
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         trainer: Any = self.trainer
-        if (
-            self.restarting
-            or not self._plain
-            or trainer.accumulate_grad_batches != 1
-            or isinstance(data_fetcher, _DataLoaderIterDataFetcher)
-        ):
+        if self.restarting or not self.plain or trainer.accumulate_grad_batches != 1:
             super().advance(data_fetcher)
             return
-        module, progress, log = (
-            trainer.lightning_module,
-            self.batch_progress,
-            trainer._logger_connector,
-        )
+        module, log = trainer.lightning_module, trainer._logger_connector
+        progress, output = self.batch_progress, None
         self.val_loop.restarting = False
         batch, *_ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
@@ -126,13 +116,14 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
         progress.increment_ready()
         log.on_batch_start(batch)
-        module._current_fx_name = "on_train_batch_start"  # `self.log` asks who calls it
-        for start in self._starts:
-            start(trainer, module, batch, batch_idx)
-        module._current_fx_name = None
-        progress.increment_started()
-        kwargs = OrderedDict(batch=batch, batch_idx=batch_idx)
-        output = self.automatic_optimization.run(trainer.optimizers[0], batch_idx, kwargs)
+        if batch is not None:  # as in Lightning: such a batch is left out
+            module._current_fx_name = "on_train_batch_start"  # `self.log` asks who calls it
+            for start in self.starts:
+                start(trainer, module, batch, batch_idx)
+            module._current_fx_name = None
+            progress.increment_started()
+            kwargs = OrderedDict(batch=batch, batch_idx=batch_idx)
+            output = self.automatic_optimization.run(trainer.optimizers[0], batch_idx, kwargs)
         progress.increment_processed()
         for config in trainer.lr_scheduler_configs:
             self.scheduler_progress.increment_ready()
@@ -140,7 +131,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
             self.scheduler_progress.increment_completed()
 
         module._current_fx_name = "on_train_batch_end"
-        for end in self._ends:
+        for end in self.ends:
             end(trainer, module, output, batch, batch_idx)
         module._current_fx_name = None
         log.on_batch_end()
@@ -156,11 +147,13 @@ class LeanOptimization(_AutomaticOptimization):
     profiler), its own code runs.
     """
 
-    @cached_property
-    def _plain(self) -> bool:
+    plain = False
+
+    def look(self) -> None:
+        """Whether this code will do, from here on."""
         trainer: Any = self.trainer
         module = trainer.lightning_module
-        return (
+        self.plain = (
             is_plain(trainer)
             and not any(is_overridden(hook, module, L.LightningModule) for hook in OF_MODULES)
             and not any(is_overridden(h, c) for h in IN_A_STEP for c in trainer.callbacks)
@@ -168,7 +161,7 @@ class LeanOptimization(_AutomaticOptimization):
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> Any:
         trainer = self.trainer  # these two may change during a fit:
-        if trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1 or not self._plain:
+        if trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1 or not self.plain:
             return super().run(optimizer, batch_idx, kwargs)
         module, counts = trainer.lightning_module, self.optim_progress.optimizer
         result = ClosureResult(None)
