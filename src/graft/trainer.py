@@ -55,6 +55,8 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "trainer.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm trains on nothing else"
         )
+    if options.get("overfit_batches"):  # Lightning would put an order of its own in place of ours
+        raise ValueError("trainer.overfit_batches: use debug=overfit")
     precision = str(options["precision"])
     if precision == "auto":
         fast = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)

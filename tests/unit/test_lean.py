@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from graft import trainer as trainer_module
+from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
 from tests.conftest import Train, Trained, compose, equal
 
@@ -35,6 +38,41 @@ class AccumulateLater(L.Callback):
         trainer.accumulate_grad_batches = 1 + trainer.current_epoch
 
 
+class Counts(L.Callback):
+    batches = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        Counts.batches += 1
+
+
+class ComesLater(L.Callback):
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.callbacks.append(Counts())  # type: ignore[attr-defined]
+
+
+class EpochSchedulerLater(L.Callback):
+    """As Lightning's StochasticWeightAveraging does."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.lr_scheduler_configs[0].interval = "epoch"
+
+
+@pytest.fixture
+def batches_of_lightning(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epoch of each batch around which Lightning's own code calls all hooks."""
+    epochs: list[int] = []
+    original = _TrainingEpochLoop.advance
+
+    def spy(self: Any, *arguments: Any) -> None:
+        epochs.append(self.trainer.current_epoch)
+        original(self, *arguments)
+
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", spy)
+    return epochs
+
+
 @pytest.fixture
 def steps_of_lightning(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The epoch of each batch that Lightning's own code trains on."""
@@ -57,12 +95,14 @@ def last_checkpoint(run: Trained, stage: str) -> dict[str, Any]:
 def test_weights_counters_and_logs_are_those_of_lightnings_own_loop(
     train_tiny: Train,
     monkeypatch: pytest.MonkeyPatch,
+    batches_of_lightning: list[int],
     steps_of_lightning: list[int],
     kind: str,
 ) -> None:
     (stage,) = compose(*RUNS[kind])["transfer"]["stages"]
     lean = train_tiny(*RUNS[kind])
     assert not steps_of_lightning
+    assert not batches_of_lightning
     monkeypatch.setattr(trainer_module, "make_lean", lambda trainer: None)
     own = train_tiny(*RUNS[kind])
     assert steps_of_lightning
@@ -96,6 +136,64 @@ def test_a_module_with_a_hook_of_its_own_is_left_to_lightning(
     monkeypatch.setattr(TransferModule, "on_after_backward", lambda self: None)
     train_tiny(*PROBE)
     assert len(steps_of_lightning) == 10
+
+
+def passes_on(self: Any, batch: Any, *_: Any) -> Any:
+    return batch
+
+
+def does_nothing(self: Any, *_: Any) -> None:
+    pass
+
+
+def steps(self: Any, scheduler: Any, metric: Any) -> None:
+    scheduler.step()
+
+
+HOOKS: dict[str, tuple[type, Callable[..., Any]]] = {
+    "on_train_batch_start": (TransferModule, does_nothing),
+    "on_train_batch_end": (TransferModule, does_nothing),
+    "lr_scheduler_step": (TransferModule, steps),
+    "on_after_batch_transfer": (TransferModule, passes_on),
+    "transfer_batch_to_device": (TransferDataModule, passes_on),
+    "on_before_batch_transfer": (TransferDataModule, passes_on),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_around_steps_is_called_by_lightning(
+    train_tiny: Train, batches_of_lightning: list[int], monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    kind, function = HOOKS[hook]
+    monkeypatch.setattr(kind, hook, function)
+    train_tiny(*PROBE)
+    assert batches_of_lightning == [0] * 5 + [1] * 5
+
+
+def test_a_training_step_may_leave_out_the_number_of_the_batch(
+    train_tiny: Train, batches_of_lightning: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = TransferModule.training_step
+    monkeypatch.setattr(
+        TransferModule, "training_step", lambda self, batch: original(self, batch, 0)
+    )
+    train_tiny(*PROBE)
+    assert len(batches_of_lightning) == 10
+
+
+def test_a_scheduler_that_changes_to_epochs_steps_once_in_an_epoch(
+    train_tiny: Train, batches_of_lightning: list[int]
+) -> None:
+    run = train_tiny(*PROBE, "+callbacks.later._target_=tests.unit.test_lean.EpochSchedulerLater")
+    assert batches_of_lightning == [1] * 5
+    (scheduler,) = last_checkpoint(run, "probe")["lr_schedulers"]
+    assert scheduler["last_epoch"] == 5 + 1
+
+
+def test_a_callback_that_comes_later_is_called(train_tiny: Train) -> None:
+    Counts.batches = 0
+    train_tiny(*PROBE, "+callbacks.later._target_=tests.unit.test_lean.ComesLater")
+    assert Counts.batches == 5
 
 
 def test_accumulation_that_starts_later_is_seen(

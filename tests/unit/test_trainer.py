@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 
+from graft import report
 from graft.startup import is_first_process
 from graft.trainer import trainer_options
-from tests.conftest import compose
+from tests.conftest import Train, compose
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
 SRUN = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
@@ -51,3 +53,19 @@ def test_the_first_process_of_all_nodes_makes_the_run_folder(
     if node is not None:
         monkeypatch.setenv("NODE_RANK", node)
     assert is_first_process() is first
+
+
+def test_lightnings_overfit_batches_is_refused() -> None:
+    options = compose("debug=fdr", "+trainer.overfit_batches=2")["trainer"]
+    with pytest.raises(ValueError, match="overfit_batches: use debug=overfit"):
+        trainer_options(options)
+
+
+def test_tables_are_not_cut_where_output_goes_to_a_file(
+    train_tiny: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "console", Console(width=80))
+    train_tiny("transfer=linear_probe", "trainer.max_epochs=1")
+    header = next(line for line in capsys.readouterr().out.splitlines() if "tensors" in line)
+    assert "weight_decay" in header
+    assert "…" not in header

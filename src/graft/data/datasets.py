@@ -78,9 +78,9 @@ class FeatureDataset(Dataset[Batch]):
 
 
 class Batches:
-    """The batches of a dataset that lies in memory: what a `DataLoader` without workers yields.
+    """What a `DataLoader` without workers yields.
 
-    That one takes 50 us for each, as long as a small head's forward pass.
+    That one takes 50 us for each batch, which a small head notices.
     """
 
     def __init__(self, dataset: Dataset[Batch], order: BatchOrder) -> None:

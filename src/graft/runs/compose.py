@@ -66,9 +66,7 @@ class Composer:
                 continue
             key = override.key_or_group
             edits = override.is_add() or override.is_force_add() or override.is_delete()
-            if edits or any(
-                f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in before
-            ):
+            if edits or any(_overlap(key, other) for other in before):
                 before.append(key)
             else:
                 values.insert(0, override)
@@ -83,6 +81,11 @@ class Composer:
                 and not isinstance(override.value(), dict)
             )
         )
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether one of two keys is within the other."""
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
 def note_overrides(config: DictConfig, overrides: list[Override]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from graft.runs.groups import ABSENT, Comparison, Group
 from graft.runs.records import Run
-from graft.runs.tables import heading, percent
+from graft.runs.tables import heading, interval, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +69,9 @@ def _bar(axes: Axes, group: Group, metric: str, place: int, colour: object) -> N
     summary = group.summary(metric)
     if summary is None:
         return
-    half = scale * (summary.half or 0.0)
-    axes.errorbar(scale * summary.mean, place, xerr=half, fmt="D", color=colour, capsize=4)
+    low, high = interval(metric, summary.mean, summary.half or 0.0)
+    reach = [[scale * (summary.mean - low)], [scale * (high - summary.mean)]]
+    axes.errorbar(scale * summary.mean, place, xerr=reach, fmt="D", color=colour, capsize=4)
     axes.plot(numbers, [place] * len(numbers), ".", color="black", markersize=4, zorder=3)
 
 

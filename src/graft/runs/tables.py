@@ -46,6 +46,12 @@ def spread(name: str, summary: Summary | None, n: int) -> str:
     return shown(name, summary.mean) + sd + (f" (n={summary.n})" if summary.n != n else "")
 
 
+def interval(name: str, mean: float, half: float) -> tuple[float, float]:
+    """Its ends; of an accuracy within 0 and 1, which the t interval of few seeds doesn't know."""
+    low, high = mean - half, mean + half
+    return (max(low, 0.0), min(high, 1.0)) if percent(name) else (low, high)
+
+
 def cost(name: str, group: Group) -> float | None:
     """Of time the mean over seeds, of memory the largest."""
     if name.endswith("_mb"):
@@ -68,7 +74,7 @@ def group_table(
         columns[-1].add(str(len(group.runs)), len(group.runs))
     notes = [f"mean ± standard deviation over n seeds; 95 % interval of the mean of {first} (t)"]
     for name in metrics:
-        columns += _metric_columns(name, groups, interval=name == first)
+        columns += _metric_columns(name, groups, with_interval=name == first)
         if baseline and name == first:
             others = comparison.baselines(baseline)
             columns += _baseline_columns(name, groups, others)
@@ -95,7 +101,7 @@ def _key_columns(keys: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list
     return columns
 
 
-def _metric_columns(name: str, groups: Sequence[Group], *, interval: bool) -> list[Column]:
+def _metric_columns(name: str, groups: Sequence[Group], *, with_interval: bool) -> list[Column]:
     names = [f"{name} {what}" for what in ("mean", "sd", "low", "high")]
     values, intervals = Column(heading(name), names), Column("95 % interval")
     for group in groups:
@@ -105,12 +111,10 @@ def _metric_columns(name: str, groups: Sequence[Group], *, interval: bool) -> li
             values.add(text, *((summary.mean, None, None, None) if summary else ()))
             intervals.add(ABSENT)
         else:
-            low, high = summary.mean - summary.half, summary.mean + summary.half
-            if percent(name):  # the t interval of few seeds knows no bounds
-                low, high = max(low, 0.0), min(high, 1.0)
+            low, high = interval(name, summary.mean, summary.half)
             values.add(text, summary.mean, summary.sd, low, high)
             intervals.add(f"[{shown(name, low)}, {shown(name, high)}]")
-    return [values, intervals] if interval else [values]
+    return [values, intervals] if with_interval else [values]
 
 
 def _baseline_columns(

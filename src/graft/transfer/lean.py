@@ -68,7 +68,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     def __init__(self, trainer: L.Trainer, min_steps: int | None, max_steps: int) -> None:
         super().__init__(trainer, min_steps, max_steps)
-        self.automatic_optimization = LeanOptimization(trainer)
+        self.automatic_optimization: LeanOptimization = LeanOptimization(trainer)
         self.plain = False
         self.starts: list[Callable[..., None]] = []
         self.ends: list[Callable[..., None]] = []
