@@ -58,6 +58,16 @@ def is_plain(trainer: Any) -> bool:
     )
 
 
+def zero_grad(optimizer: Optimizer) -> None:
+    """torch's own without the profiler's mark, which takes longer than all the rest."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 class LeanEpochLoop(_TrainingEpochLoop):
     """The batches of an epoch, with the callbacks that have something to do at each.
 
@@ -175,7 +185,7 @@ class LeanOptimization(_AutomaticOptimization):
             result = ClosureResult.from_training_step_output(output)
             counts.zero_grad.increment_ready()
             counts.zero_grad.increment_started()
-            optimizer.zero_grad()
+            zero_grad(optimizer)
             counts.zero_grad.increment_completed()
             if result.closure_loss is not None:
                 result.closure_loss.backward()
