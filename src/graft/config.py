@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -220,7 +222,11 @@ def explain(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not override '([^']+)'", text):
-        return f"no config key {match[1]}{_suggest(match[1], _known_keys())}"
+        key, hint = match[1], _suggest(match[1], _known_keys())
+        group = key.partition(".")[0]
+        if group in ("callbacks", "logger") and f" {group}." not in hint:
+            hint = f": to add one, write +{key}=VALUE"
+        return f"no config key {key}{hint}"
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         available = sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
@@ -255,7 +261,13 @@ def _known_keys() -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
+    # Of the plan, the data, ... that this command chooses.
+    given = [a for a in sys.argv[1:] if (CONFIGS / a.lstrip("+").partition("=")[0]).is_dir()]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("train"), resolve=False)
+        try:
+            config = compose("train", [a for a in given if "=" in a and "," not in a])
+        except HydraException:
+            config = compose("train")
+    plain = OmegaConf.to_container(config, resolve=False)
     keys = [key for key, _ in leaves(plain)]
     return sorted({*keys, *(key.split(".")[0] for key in keys), "experiment", "debug"})

@@ -41,6 +41,10 @@ def error(graft: Graft, *overrides: str) -> str:
         ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0: must be a number above 0"),
         ("paths.cache=''", "paths.cache=: must be the name of a folder"),
         ("data=image_folder", "no value for data.root: give one as data.root=VALUE"),
+        (
+            "callbacks.mine._target_=a.B",
+            "no config key callbacks.mine._target_: to add one, write +",
+        ),
     ],
 )
 def test_errors_in_the_config_are_found_before_heavy_imports(
@@ -53,6 +57,12 @@ def test_errors_in_the_config_are_found_before_heavy_imports(
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert error(graft_process, override).startswith(message)
+
+
+def test_suggested_keys_are_those_of_the_plan_that_was_chosen(graft: Graft) -> None:
+    wrong = error(graft, "transfer=linear_probe", "transfer.stages.finetune.epochs=2")
+    assert "did you mean transfer.stages.probe.epochs" in wrong
+    assert "or transfer.stages.finetune" not in wrong
 
 
 @pytest.mark.parametrize(

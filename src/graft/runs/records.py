@@ -154,7 +154,7 @@ def known(name: str, names: Sequence[str], what: str) -> str:
     """
     if name in names:
         return name
-    close = [full for full in names if full.endswith(f".{name}")][:3]
+    close = sorted((full for full in names if full.endswith(f".{name}")), key=len)[:3]
     close = close or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there is {', '.join(names[:8])}"
     raise ValueError(f"no {what} {name} in these runs: {hint}")
