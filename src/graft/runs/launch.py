@@ -184,7 +184,7 @@ class SweepLauncher(Launcher):
         running: list[Job] = []
         with StopSignals().handled() as stop, progress.shown(live=self.runner.quiet):
             try:
-                self._run(iter(jobs), running, progress, ended)
+                self._run(iter(jobs), running, progress, ended, stop)
             except BaseException as error:
                 self.runner.stop(running)
                 if isinstance(error, Preempted):
@@ -204,11 +204,14 @@ class SweepLauncher(Launcher):
         running: list[Job],
         progress: Progress,
         ended: Callable[[Job], Any],
+        stop: StopSignals,
     ) -> None:
         waiting: Job | None = None
         more = True
         due = 0.0  # of a sweep of thousands the tables take longer to write than jobs to end
         while running or waiting or more:
+            if stop.received:  # raised, and caught by somebody: within an import, say
+                raise Preempted(stop.received)
             while waiting or (more and self.runner.is_free()):
                 waiting = waiting or next(jobs, None)
                 if waiting is None:
