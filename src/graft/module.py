@@ -30,18 +30,11 @@ from graft.transfer.freeze import (
     set_modes,
 )
 from graft.transfer.grid import GridFit, GridRecord
+from graft.transfer.lean import MeanOfBatches
 from graft.transfer.lora import add_adapters, merge_adapters
 from graft.transfer.param_groups import param_groups
 from graft.transfer.per_head import PerHead, grid_groups
 from graft.transfer.stages import Stage
-
-
-class MeanOfBatches(MeanMetric):
-    """`MeanMetric` of one number at a time, in two operations instead of ten."""
-
-    def update(self, value: Tensor) -> None:  # type: ignore[override]
-        self.mean_value += value
-        self.weight += 1
 
 
 class TransferModule(L.LightningModule):
@@ -66,7 +59,7 @@ class TransferModule(L.LightningModule):
         self.label_smoothing = label_smoothing
         if backbone.channels_last:
             self.backbone.to(memory_format=torch.channels_last)
-        self.train_loss = MeanOfBatches(nan_strategy="disable")
+        self.train_loss = MeanOfBatches()
         self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.val_acc, self.test_acc = (
             MulticlassAccuracy(num_classes, average="micro") for _ in range(2)

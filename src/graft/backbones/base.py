@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,20 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bilinear"
+
+    def at(self, crop_size: int | None, resize_size: int | None = None) -> Preprocessing:
+        """The same at other sizes: `crop_size` alone resizes the whole image; None is its own.
+
+        Raises:
+            ValueError: the crop is larger than what it is taken from.
+        """
+        if crop_size is None and resize_size is None:
+            return self
+        crop = crop_size or self.crop_size
+        resize = resize_size or crop
+        if resize < crop:
+            raise ValueError(f"data.resize_size={resize} is smaller than the image ({crop} px)")
+        return replace(self, crop_size=crop, resize_size=resize)
 
 
 def pool_nchw(x: Tensor) -> Tensor:

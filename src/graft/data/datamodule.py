@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,31 +14,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graft.backbones.base import Preprocessing
 from graft.data.batch_transforms import Augment, Prepare
-from graft.data.datasets import (
-    Batch,
-    Batches,
-    FeatureDataset,
-    ImageDataset,
-    drawn_view,
-    views_count,
-)
+from graft.data.datasets import Batch, FeatureDataset, ImageDataset, drawn_view, views_count
 from graft.data.features import StoredFeatures, images_digest
+from graft.data.loaders import Batches, whole_batches
 from graft.data.resident import ResidentDataset, resides
 from graft.data.sample_transform import SampleTransformed, WithEpoch
 from graft.data.sampler import BatchOrder
 from graft.data.source import Source
-from graft.data.subset import shots_per_class as draw_shots
-from graft.data.subset import stratified_fraction, stratified_split
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _leave_process_group(worker: int) -> None:
-    # SLURM signals whole groups: a worker that dies of SIGTERM would take the run with it, before
-    # the run has saved anything.
-    os.setpgid(0, 0)
+from graft.data.splits import draw_splits
 
 
 class TransferDataModule(L.LightningDataModule):
@@ -98,15 +80,9 @@ class TransferDataModule(L.LightningDataModule):
         if resident == "on" and sample_transform is not None:
             raise ValueError("data.resident=on and data.sample_transform exclude each other")
         self.source = source
-        if image_size is not None or resize_size is not None:
-            crop = image_size or preprocessing.crop_size
-            resize = resize_size or crop
-            if resize < crop:
-                raise ValueError(f"data.resize_size={resize} is smaller than the image ({crop} px)")
-            preprocessing = dataclasses.replace(preprocessing, crop_size=crop, resize_size=resize)
-        self.own_preprocessing = self.preprocessing = preprocessing
-        self.prepare_images = Prepare(preprocessing)
-        self.stored_size = max(preprocessing.resize_size, *stage_sizes, 0)
+        self.own_preprocessing = self.preprocessing = preprocessing.at(image_size, resize_size)
+        self.prepare_images = Prepare(self.preprocessing)
+        self.stored_size = max(self.preprocessing.resize_size, *stage_sizes, 0)
         self.augment = augment
         self.sample_transform = sample_transform
         self.resident = resident
@@ -147,31 +123,21 @@ class TransferDataModule(L.LightningDataModule):
             return
         loaded = self.source.load(self.stored_size)
         self.classes = loaded.classes
-        labels = loaded.train.labels
-        keep = np.arange(len(labels))
-        held_out: dict[str, ImageDataset] = {}
-        given = {"val": loaded.val, "test": loaded.test}
-        for offset, (name, fraction) in enumerate(
-            (("test", self.test_fraction), ("val", self.val_fraction))
-        ):
-            split = given[name]
-            if split is not None:
-                held_out[name] = ImageDataset(split)
-                continue
-            kept, drawn = stratified_split(labels[keep], fraction, self.split_seed + offset)
-            held_out[name] = ImageDataset(loaded.train, keep[drawn])
-            keep = keep[kept]
-        if self.shots_per_class is not None:
-            keep = keep[draw_shots(labels[keep], self.shots_per_class, self.split_seed)]
-        elif self.train_fraction != 1.0:
-            keep = keep[stratified_fraction(labels[keep], self.train_fraction, self.split_seed)]
-        if self.batch_size > (self.epoch_images or len(keep)):
+        splits = draw_splits(
+            loaded,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.split_seed,
+            train_fraction=self.train_fraction,
+            shots_per_class=self.shots_per_class,
+        )
+        images = self.epoch_images or len(splits["train"])
+        if self.batch_size > images:
             raise ValueError(
-                f"data.batch_size={self.batch_size} is larger than the "
-                f"{self.epoch_images or len(keep)} training images of an epoch: set "
-                f"data.batch_size to {self.epoch_images or len(keep)} or less"
+                f"data.batch_size={self.batch_size} is larger than the {images} training images of "
+                f"an epoch: set data.batch_size to {images} or less"
             )
-        self.splits = {"train": ImageDataset(loaded.train, keep), **held_out}
+        self.splits = splits
 
     def replace_test(self, dataset: ImageDataset) -> None:
         """Put other images in place of the test split, and drop what was derived from the old."""
@@ -196,11 +162,7 @@ class TransferDataModule(L.LightningDataModule):
         self.stage_augment = self.augment if self.stage_augments else None
         if isinstance(augment, Mapping):
             self.stage_augment = dataclasses.replace(self.augment or Augment(), **augment)
-        self.preprocessing = self.own_preprocessing
-        if image_size is not None:
-            self.preprocessing = dataclasses.replace(
-                self.own_preprocessing, crop_size=image_size, resize_size=image_size
-            )
+        self.preprocessing = self.own_preprocessing.at(image_size)
         self.prepare_images = Prepare(self.preprocessing)
         self.features = {}
         self.stage_views = views
@@ -245,15 +207,11 @@ class TransferDataModule(L.LightningDataModule):
                 self.residents[split] = ResidentDataset(self.splits[split], device)
             dataset = self.residents[split]
         on_host = isinstance(dataset, ImageDataset | SampleTransformed)
-        return DataLoader(
+        return whole_batches(
             dataset,
-            sampler=sampler,
-            batch_size=None,  # the sampler yields whole batches
+            sampler,
             num_workers=self.num_workers if on_host else 0,
             pin_memory=self.pin_memory and on_host,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]  # a batch, not a list of samples
-            generator=torch.Generator(),  # iterating must not consume the global RNG
-            worker_init_fn=_leave_process_group,
         )
 
     def prepared(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from graft.data.draws import VIEW, uniform
 from graft.data.features import StoredFeatures
-from graft.data.sampler import BatchOrder, Positions
+from graft.data.sampler import Positions
 from graft.data.source import Split
 
 Batch = dict[str, Tensor]
@@ -75,21 +75,3 @@ class FeatureDataset(Dataset[Batch]):
             rows = at * views + view
         labels = self.labels.index_select(0, at)
         return {"features": self.features[rows], "label": labels, "index": index}
-
-
-class Batches:
-    """What a `DataLoader` without workers yields.
-
-    That one takes 50 us for each batch, which a small head notices.
-    """
-
-    def __init__(self, dataset: Dataset[Batch], order: BatchOrder) -> None:
-        self.dataset = dataset
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[Batch]:
-        # Not `yield` in here: the order is asked for now, not at the first batch.
-        return (self.dataset[positions] for positions in self.order)
