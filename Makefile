@@ -39,8 +39,8 @@ demo: $(INSTALLED)  ## the main job on the embedded data, start to end
 test: $(INSTALLED)  ## the default tests, two at a time
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-slow: $(INSTALLED)  ## only the tests that take minutes
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+test-slow: $(INSTALLED)  ## only the tests that take minutes, two at a time
+	@$(BIN)/python -m pytest -m slow -n 2 $(ARGS)
 
 test-all: $(INSTALLED)  ## both
 	@$(BIN)/python -m pytest -m '' $(ARGS)

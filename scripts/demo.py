@@ -5,22 +5,27 @@ import time
 from hydra import compose, initialize_config_dir
 
 from graft.config import CONFIGS, check
-from graft.train import run
+from graft.train import entry, run
 
 
-def accuracy(*overrides: str) -> float:
+def accuracy(name: str, *more: str) -> float:
+    overrides = ["experiment=quickstart", f"name={name}", *more]  # the name is in graft compare
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = check(compose("train", ["experiment=quickstart", *overrides]))
-    return 100 * run(config, list(overrides), {"experiment": "quickstart"})["test/acc"]
+        config = check(compose("train", overrides))
+    return 100 * run(config, overrides, {"experiment": "quickstart"})["test/acc"]
 
 
-if __name__ == "__main__":
+def main() -> None:
     started = time.perf_counter()
     print("1 of 2: ResNet-20 pretrained on CIFAR-10, moved to 100 labelled digits\n", flush=True)
-    pretrained = accuracy()
+    pretrained = accuracy("pretrained")
     print("\n2 of 2: the same network and recipe, from random weights\n", flush=True)
-    scratch = accuracy("backbone.weights=null")
+    scratch = accuracy("from_scratch", "backbone.weights=null")
     print(
         f"\nTest accuracy with 100 labelled digits:  pretrained {pretrained:.1f} %   "
         f"from scratch {scratch:.1f} %   ({time.perf_counter() - started:.0f} s)"
     )
+
+
+if __name__ == "__main__":
+    entry(main)  # errors and signals as `graft train` has them

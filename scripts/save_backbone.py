@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from graft.backbones.weights import read_weights
+from graft.backbones.weights import read_file
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -20,6 +20,10 @@ if __name__ == "__main__":
     if not best:
         parser.error(f"{arguments.run} holds no checkpoints/<stage>/best.ckpt")
     newest = max(best, key=lambda path: path.stat().st_mtime)
-    state = {key: value.contiguous() for key, value in read_weights(newest).items()}
+    state = {
+        key.removeprefix("backbone."): value.contiguous()
+        for key, value in read_file(newest)["state_dict"].items()
+        if key.startswith("backbone.")
+    }
     save_file(state, arguments.out)
     print(f"{arguments.out}: {len(state)} tensors from {newest}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -50,6 +51,17 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFT_LOGS", str(tmp_path / "logs"))
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("GRAFT_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("GRAFT_TRUST", "tests")  # whose callbacks watch runs, and are resumed
+    for name in ("COLUMNS", "LINES"):  # of the shell: tables would be fitted to its window
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _listening() -> None:
+    """A shell's background job ignores these two, and commands that ran in this process change it:
+    what a run then ignores, it would not be stopped by."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def compose(*overrides: str) -> dict[str, Any]:
@@ -74,6 +86,7 @@ def graft(
         GlobalHydra.instance().clear()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["graft", *arguments])
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # put back after the test
         capfd.readouterr()
         code: Any = 0
         try:

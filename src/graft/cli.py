@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import runpy
+import io
+import os
+import signal
 import sys
+from importlib import import_module
 
 from graft import __version__
+from graft.names import visible
 
+COMMANDS = ("train", "resume", "compare", "eval", "board", "cache")
+SHELL = ("-sc", "--shell-completion")
 HELP = f"""graft {__version__}: transfer learning with a pretrained backbone and a new head
 
 usage: graft COMMAND [ARGUMENTS]
@@ -18,6 +24,7 @@ commands:
                            graft train -m optimizer.lr=0.01,0.1           a sweep; also with
                                hydra/launcher=processes|slurm hydra/sweeper=optuna
                            graft train --help | --cfg job                 options, resolved config
+                           eval "$(graft -sc install=bash)"               completes with TAB
   resume RUN [OVERRIDES]   go on with a run that was stopped, as if it had not been
                            graft resume logs/2026-11-24_12-00-00_quickstart_seed0
                            graft resume logs/sweeps/2026-11-24_12-00-00   jobs not yet done
@@ -34,19 +41,40 @@ Everything about a run is in its folder under logs/.
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None after >&-
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python's own stderr
+    try:
+        _run()
+    except SystemExit as error:
+        if isinstance(error.code, str):  # a message, with names of files and classes in it
+            sys.exit(visible(error.code, keep="\n"))
+        raise
+
+
+def _run() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    # No traceback: the others clean up, and a run soon has its own handlers.
+    if (
+        command not in ("board", "eval")
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if command in ("-h", "--help", "help"):
         print(HELP, end="")
     elif command == "--version":
         print(__version__)
+    elif command in SHELL or (command == "train" and sys.argv[2:] and sys.argv[2] in SHELL):
+        complete(sys.argv[-1])
     elif command in ("train", "resume"):
-        # Run as a module named __main__, so that Lightning starts further ranks of this very
-        # command (`python -m graft.train OVERRIDES`) and Hydra sees its arguments alone.
+        # By the specification of __main__ Lightning starts further ranks of this very command, as
+        # `python -m graft.train OVERRIDES`; Hydra sees its arguments alone.
         # Options first: argparse takes no overrides after one that stands among them.
         options = [a for a in sys.argv[2:] if a in ("-m", "--multirun")]
         sys.argv[1:] = [*options, *(a for a in sys.argv[2:] if a not in options)]
         module = {"train": "graft.train", "resume": "graft.runs.resume"}[command]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        imported = import_module(module)
+        sys.modules["__main__"].__spec__ = imported.__spec__
+        imported.entry(imported.main)
     elif command == "eval":
         from graft.runs.evaluate import main as evaluate
 
@@ -64,5 +92,24 @@ def main() -> None:
 
         board(sys.argv[2:])
     else:
-        known = "train, resume, eval, compare, board, cache (see graft --help)"
-        sys.exit(f"graft: no command {command!r}; commands: {known}")
+        known = ", ".join(COMMANDS)
+        sys.exit(f"graft: no command {command!r}; commands: {known} (see graft --help)")
+
+
+def complete(task: str) -> None:
+    """What the shell completes for `graft train`: Hydra's own completion of overrides.
+
+    Hydra's script calls `graft -sc query=SHELL` with the line so far in COMP_LINE, and expects
+    overrides after the first word.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    program, _, rest = line.lstrip().partition(" ")
+    command, space, overrides = rest.lstrip().partition(" ")
+    if task.startswith("query=") and not space:
+        print(" ".join(name for name in COMMANDS if name.startswith(command)))
+    elif not task.startswith("query=") or command == "train":
+        from graft.train import main as train
+
+        os.environ["COMP_LINE"] = f"{program} {overrides}"
+        sys.argv[:] = ["graft", "-sc", task]
+        train()

@@ -49,7 +49,8 @@ class Collect(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.hook.remove()
-        self.index = torch.cat([part.index for part in self.parts])[: self.seen]
+        if self.seen:
+            self.index = torch.cat([part.index for part in self.parts])[: self.seen]
         if trainer.world_size > 1:
             ranks: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(ranks, self.parts)

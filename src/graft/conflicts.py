@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 PACKAGES = {"graft.trackers.WandB": "wandb", "graft.trackers.MLFlow": "mlflow"}
+
+# Callbacks of Lightning's that have no place in a run, and what has.
+_OWN_PROGRESS = "a run prints its own progress"
+REFUSED_CALLBACKS = {
+    "ModelCheckpoint": "a run keeps best.ckpt and last.ckpt: see trainer.checkpoint_every_n_steps",
+    "OnExceptionCheckpoint": "last.ckpt is there already, for `graft resume`",
+    "LearningRateFinder": "sweep it: -m optimizer.lr=0.001,0.01,0.1",
+    "BatchSizeFinder": "set data.batch_size",
+    "BaseFinetuning": "what learns when is a transfer plan: see transfer=gradual",
+    "BackboneFinetuning": "what learns when is a transfer plan: see transfer=gradual",
+    "ModelPruning": "it cannot handle convolutions in the memory format that is fast",
+    "ProgressBar": _OWN_PROGRESS,
+    "RichProgressBar": _OWN_PROGRESS,
+    "TQDMProgressBar": _OWN_PROGRESS,
+}
 
 
 def conflict(plain: dict[str, Any]) -> str | None:
@@ -17,7 +33,28 @@ def conflict(plain: dict[str, Any]) -> str | None:
         or _augment_problem(plain)
         or _sharding_problem(plain)
         or _logger_problem(plain)
+        or _callback_problem(plain)
     )
+
+
+def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """The first override of a single run that nothing acts on. (Of a sweep, another job may.)"""
+    stages = plain["transfer"]["stages"].values()
+    augments = any(
+        stage.get("augment", True) is not False or isinstance(stage.get("views"), int)
+        for stage in stages
+    )
+    solved = all(stage.get("solver", "sgd") != "sgd" for stage in stages)
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith("data.augment.") and not augments:
+            return (
+                f"{override}: no stage of this plan augments its images: set "
+                f"transfer.stages.{next(iter(plain['transfer']['stages']))}.augment=true"
+            )
+        if key.startswith(("optimizer.lr", "scheduler.")) and solved:
+            return f"{override}: this plan solves for its head, without steps"
+    return None
 
 
 def _stage_problem(plain: dict[str, Any]) -> str | None:
@@ -65,10 +102,7 @@ def _grid_problem(plain: dict[str, Any]) -> str | None:
     grid = head.get("grid")
     if grid is None:
         return None
-    known = ["lr", "weight_decay", "seed"]
     for key, values in grid.items():
-        if key not in known:
-            return f"no config key head.grid.{key}: it has {', '.join(known)}"
         if values and len(set(values)) < len(values):
             return f"head.grid.{key}={values}: a value is there twice"
     name, stage = next(iter(plain["transfer"]["stages"].items()))
@@ -147,4 +181,12 @@ def _logger_problem(plain: dict[str, Any]) -> str | None:
         package = PACKAGES.get((logger or {}).get("_target_", ""))
         if package and find_spec(package) is None:
             return f"logger={package} needs another package: pip install 'graft[{package}]'"
+    return None
+
+
+def _callback_problem(plain: dict[str, Any]) -> str | None:
+    for key, callback in (plain.get("callbacks") or {}).items():
+        library, _, name = str((callback or {}).get("_target_")).rpartition(".")
+        if library.startswith("lightning.") and name in REFUSED_CALLBACKS:
+            return f"callbacks.{key}: {name} is not used here: {REFUSED_CALLBACKS[name]}"
     return None

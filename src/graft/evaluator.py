@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,16 +13,18 @@ import numpy as np
 import torch
 
 from graft import report
-from graft.backbones.weights import load_state
+from graft.backbones.weights import check_finite, load_state
 from graft.build import build, build_stages
 from graft.collect import Collect
 from graft.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import ImageDataset
+from graft.data.items import SplitRecord
 from graft.data.subset import stratified_fraction
 from graft.module import TransferModule
 from graft.scores import Predictions, scores
 from graft.trainer import make_trainer, trainer_options
+from graft.transfer.grid import finish_grid, start_grid
 from graft.transfer.stages import Stage, StartStage
 from graft.transfer.stored import FeatureStore
 
@@ -45,34 +46,50 @@ class Evaluator:
     options: dict[str, Any]
 
     @classmethod
-    def build(cls, config: dict[str, Any], checkpoint: dict[str, Any], source: Path) -> Evaluator:
+    def build(
+        cls,
+        config: dict[str, Any],
+        checkpoint: dict[str, Any],
+        source: Path,
+        recorded: SplitRecord | None = None,
+    ) -> Evaluator:
         """The model of `config` with the weights of `checkpoint`, on the data of `config`.
 
         Pretrained weights are not needed: the checkpoint holds all.
 
         Args:
             source: where the checkpoint comes from, for error messages.
+            recorded: the run's splits, if they are what it is tested on.
 
         Raises:
-            ValueError: the data has other classes, or the checkpoint other weights.
+            ValueError: the data has other classes or none of the run's test images, or the
+                checkpoint other weights.
         """
         torch.set_float32_matmul_precision("high")  # as in training
         head = {**config["head"], "num_classes": None}
-        module, datamodule = build({**config, "head": head}, pretrained=False)
-        align_classes(datamodule, checkpoint["graft"]["classes"])
-        load_state(module, checkpoint["state_dict"], source=source, label="of the run")
-        stages = config["transfer"]["stages"]
-        *_, last = stages
-        # What acts in training alone: by now adapters are part of the weights.
-        kept = {key: value for key, value in stages[last].items() if key not in ("lora", "l2_sp")}
-        stage = build_stages({**config, "transfer": {"stages": {**stages, last: kept}}})[-1]
-        module.start_stage(stage)
+        module, datamodule = build(
+            {**config, "head": head},
+            pretrained=False,
+            recorded=recorded,
+            classes=checkpoint["graft"]["classes"],
+            preprocessing=checkpoint["graft"].get("preprocessing"),
+        )
+        if not len(datamodule.splits["test"]):
+            raise ValueError(
+                f"{datamodule.changes['test']}: give data.root=FOLDER if they have moved, or "
+                "--data OTHER for other images"
+            )
+        stages = [*config["transfer"]["stages"]]
+        name = checkpoint["graft"].get("stage")
+        index = stages.index(name) if name in stages else len(stages) - 1
+        stage = build_stages(config)[index]
+        load_stage(module, replace(stage, l2_sp=0.0), checkpoint, source)
         return cls(
             module,
             datamodule,
             stage,
-            len(stages) - 1,
-            Path(config["paths"]["cache"]).expanduser(),
+            index,
+            Path(config["paths"]["cache"]),
             one_device(config["trainer"]),
         )
 
@@ -117,30 +134,29 @@ class Evaluator:
         return found
 
 
-def align_classes(datamodule: TransferDataModule, names: Sequence[str]) -> None:
-    """Number the classes of the test images as the run did.
-
-    Args:
-        names: the run's classes, in its order.
-
-    Raises:
-        ValueError: they are not the same; it says which.
+def load_stage(
+    module: TransferModule, stage: Stage, checkpoint: dict[str, Any], source: Path
+) -> None:
+    """The weights of a stage's checkpoint, in the module as that stage ends with it: while it
+    trains, weights have adapters, and the head may be a grid of which the best one counts.
     """
-    found = datamodule.classes
-    lacking = [name for name in names if name not in found]
-    unknown = [name for name in found if name not in names]
-    if lacking or unknown:
-        sides = (("the run", lacking), ("the data", unknown))
-        only = ", ".join(f"only {side} has {_few(names)}" for side, names in sides if names)
-        raise ValueError(f"the data has other classes than the run: {only}")
-    test = copy.copy(datamodule.splits["test"])
-    test.labels = np.array([names.index(name) for name in found])[test.labels]
-    datamodule.classes = list(names)
-    datamodule.replace_test(test)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    note = checkpoint["graft"]
+    grid = note.get("grid")
+    adapted = any(".parametrizations." in key for key in checkpoint["state_dict"])
+    module.start_stage(stage if adapted else replace(stage, lora=None))
+    if stage.grid is not None and grid is not None:
+        start_grid(module, stage.grid, len(note["classes"]))
+    # Runs of earlier versions kept the blocks above the highest tap.
+    unused = tuple(f"backbone.{prefix}" for prefix in module.backbone.unused_keys)
+    state = checkpoint["state_dict"]
+    if grid is None:  # of which heads may have diverged
+        check_finite(state, source)
+    load_state(module, state, source=source, optional=unused, label="of the run")
+    if module.grid is not None:
+        module.on_load_checkpoint(checkpoint)
+        finish_grid(module)
+    module.finish_stage()
+    module.start_stage(replace(stage, lora=None))
 
 
 def one_device(config: dict[str, Any]) -> dict[str, Any]:

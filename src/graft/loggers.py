@@ -6,8 +6,9 @@ A resumed run takes back what was logged after its checkpoint, and goes on with 
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
+
+from graft.disk import explained, write_atomically
+from graft.reading import read_csv
 
 
 class TensorBoard(TensorBoardLogger):
@@ -91,7 +95,8 @@ class TensorBoard(TensorBoardLogger):
         if status == "success":
             self.flush()
         else:
-            self.close()
+            with suppress(OSError):  # a full disk: what failed has been raised, or comes before it
+                self.close()
 
     @rank_zero_only
     def close(self) -> None:
@@ -130,7 +135,7 @@ class CSV(Logger):
         if new := row.keys() - set(self.columns):
             rows = self._rows() if self.columns else []
             self._write(sorted([*self.columns, *new]), rows)
-        with self.path.open("a", newline="") as file:
+        with explained(self.path, lambda: 1000), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     @rank_zero_only
@@ -138,25 +143,26 @@ class CSV(Logger):
         """Drop the rows of `step` and later, and one that was cut off."""
         if self.path.exists():
             rows = self._rows()
-            self._write(list(rows[0]) if rows else [], [r for r in rows if int(r["step"]) < step])
+            try:
+                kept = [row for row in rows if int(row["step"]) < step]
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{self.path} is damaged: its steps are no numbers") from error
+            self._write(list(rows[0]) if rows else [], kept)
 
     def flush(self) -> None:
         """Nothing waits."""
 
     def _rows(self) -> list[dict[str, str]]:
-        text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        return list(csv.DictReader(whole.splitlines()))
+        return read_csv(self.path)
 
     def _write(self, columns: list[str], rows: Sequence[Mapping[str, str]]) -> None:
         self.columns = columns
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with temporary.open("w", newline="") as file:
-            if columns:
-                writer = csv.DictWriter(file, columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-        temporary.replace(self.path)
+        text = io.StringIO()
+        if columns:
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
 
 
 def advance(loggers: Sequence[Logger], steps: int) -> None:

@@ -21,7 +21,8 @@ from graft.config import leaves
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import Batch
 from graft.loggers import CSV, TensorBoard
-from graft.scores import Predictions, confusion_matrix, scores
+from graft.names import visible
+from graft.scores import Predictions, scores
 from graft.transfer.grid import GridRecord
 from graft.transfer.results import StageResult
 from graft.transfer.stages import Stage
@@ -75,7 +76,7 @@ def hyperparameters(
     weights = config["backbone"].get("weights")
     return {
         "backbone": chosen("backbone"),
-        "weights": "none" if weights is None else Path(str(weights)).name,
+        "weights": "none" if weights is None else visible(Path(str(weights)).name),
         "head": chosen("head"),
         "transfer": chosen("transfer"),
         "optimizer": chosen("optimizer"),
@@ -114,7 +115,7 @@ def log_groups(rows: Sequence[dict[str, Any]], name: str, loggers: Sequence[Logg
     text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in cells)
     for board in boards(loggers):
         if board.is_new(board.step_offset):
-            board.experiment.add_text(f"groups/{name}", text, board.step_offset)
+            board.experiment.add_text(visible(f"groups/{name}"), text, board.step_offset)
 
 
 def log_grid(record: GridRecord, loggers: Sequence[Logger]) -> None:
@@ -124,7 +125,7 @@ def log_grid(record: GridRecord, loggers: Sequence[Logger]) -> None:
 
 
 def _show(board: TensorBoard, tag: str, image: Image.Image, step: int) -> None:
-    board.experiment.add_image(tag, np.asarray(image), step, dataformats="HWC")
+    board.experiment.add_image(visible(tag), np.asarray(image), step, dataformats="HWC")
 
 
 class Inputs(L.Callback):
@@ -207,8 +208,7 @@ def log_end(
 
 def _show_test(board: TensorBoard, data: TransferDataModule, collected: Collect) -> None:
     p, step, split = Predictions.joined(collected.parts), board.step_offset, data.splits["test"]
-    matrix = confusion_matrix(p, data.num_classes)
-    _show(board, "test/confusion", pictures.confusion(matrix, data.classes), step)
+    _show(board, "test/confusion", pictures.confusion(p, data.classes), step)
     ece = scores(p, data.num_classes)["ece"]
     _show(board, "test/calibration", pictures.calibration(p, ece), step)
     wrong = (p.prediction != p.label).nonzero()[:, 0]
@@ -242,8 +242,9 @@ def _show_features(
         for part in collected.index.split(64)
     ]
     at = torch.searchsorted(p.index, collected.index)
+    names = [visible(name) for name in data.classes]  # a tab would begin another column
     rows = [
-        [data.classes[label], data.classes[prediction], "right" if label == prediction else "wrong"]
+        [names[label], names[prediction], "right" if label == prediction else "wrong"]
         for label, prediction in zip(p.label[at].tolist(), p.prediction[at].tolist(), strict=True)
     ]
     board.experiment.add_embedding(

@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -234,6 +233,10 @@ class TransferModule(L.LightningModule):
         if stage is None:
             raise RuntimeError("call start_stage before fitting")
         optimizer = stage.optimizer(self.stage_groups(), lr=stage.lr, **self._fused(stage))
+        # By this name a fused optimizer tells that it unscales gradients itself, within its step.
+        # Clipping and l2_sp come before that: Lightning then refuses the one, in bf16-mixed too,
+        # and the other would meet scaled gradients.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.grid is not None:
             optimizer = PerHead(optimizer)
         total = int(self.trainer.estimated_stepping_batches)
@@ -249,14 +252,10 @@ class TransferModule(L.LightningModule):
         chosen = stage.optimizer
         kind = chosen.func if isinstance(chosen, partial) else chosen
         named = chosen.keywords if isinstance(chosen, partial) else {}
-        scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and (
-            self.trainer.precision_plugin.scaler is not None
-        )  # Lightning can't clip gradients that a fused step would unscale
-        sharded = isinstance(
-            next(self.backbone.parameters()), DTensor
-        )  # SGD's has no form for them
+        # SGD's has no form for parts of weights.
+        sharded = isinstance(next(self.backbone.parameters()), DTensor)
         chosen_already = {"fused", "foreach"} & named.keys()
-        if kind not in (SGD, Adam, AdamW) or chosen_already or scaled or sharded:
+        if kind not in (SGD, Adam, AdamW) or chosen_already or sharded:
             return {}
         return {"fused": self.device.type in ("cpu", "cuda")}
 

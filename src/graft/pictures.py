@@ -4,35 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from graft.scores import BINS, Predictions, reliability
+from graft.fonts import drawable
+from graft.scores import BINS, Predictions, confusion_matrix, merged, reliability
 from graft.transfer.grid import GridRecord
 
 LOW, HIGH = np.array([247, 251, 255]), np.array([8, 64, 129])  # light to dark blue
 BLUE, RED, GREY, PALE = (66, 122, 178), (200, 40, 40), (190, 190, 190), (225, 225, 225)
 LINE = 16  # px, of text
+SHOWN = 320  # classes of a confusion matrix, 2 px each
+NAMED = 40  # of more classes than that, those with the most mistakes
 
 Caption = Sequence[tuple[str, str | tuple[int, int, int]]]  # lines of (text, colour)
 
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _font(size: int, file: Path | None = None) -> Font:
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
 
 
-def _fitted(text: str, width: float, size: int) -> str:
-    """The text, cut where it is wider than `width` px."""
-    font = _font(size)
+def _fitted(name: str, width: float, size: int) -> tuple[str, Font]:
+    """The name, cut where it is wider than `width` px, and a font that has its letters."""
+    text, file = drawable(name)
+    font = _font(size, file)
     if font.getlength(text) <= width:
-        return text
+        return text, font
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
-    return text + "..."
+    return text + "...", font
 
 
 def tiles(images: Tensor, captions: Sequence[Caption], columns: int = 5) -> Image.Image:
@@ -53,7 +61,8 @@ def tiles(images: Tensor, captions: Sequence[Caption], columns: int = 5) -> Imag
         sheet.paste(image.resize(size, how), (left, top))
         for line, (text, colour) in enumerate(caption):
             at = (left, top + side + 1 + LINE * line)
-            pen.text(at, _fitted(text, side, 12), colour, _font(12))
+            shown, font = _fitted(text, side, 12)
+            pen.text(at, shown, colour, font)
     return sheet
 
 
@@ -75,9 +84,12 @@ def cells(
     width, height = size
     font = _font(13)
     named = min(size) >= 12
-    cut = [[_fitted(name, 110, 13) if named else "" for name in names] for names in (rows, columns)]
+    cut = [
+        [_fitted(name, 110, 13) if named else ("", font) for name in names]
+        for names in (rows, columns)
+    ]
     left, above = (
-        12 + int(max((font.getlength(name) for name in names), default=0)) for names in cut
+        12 + int(max((own.getlength(name) for name, own in names), default=0)) for names in cut
     )
     upright = above - 12 > width - 4
     above = LINE + 20 + (above if upright else LINE)
@@ -89,15 +101,15 @@ def cells(
     sheet.paste(Image.fromarray(block), (left, above))
     pen = ImageDraw.Draw(sheet)
     pen.text((8, 6), title, "black", _font(15))
-    for j, name in enumerate(cut[0]):
-        pen.text((left - 6, above + (j + 0.5) * height), name, "black", font, anchor="rm")
-    for i, name in enumerate(cut[1]):
+    for j, (name, own) in enumerate(cut[0]):
+        pen.text((left - 6, above + (j + 0.5) * height), name, "black", own, anchor="rm")
+    for i, (name, own) in enumerate(cut[1]):
         middle = left + (i + 0.5) * width
         if not upright:
-            pen.text((middle, above - 6), name, "black", font, anchor="mb")
+            pen.text((middle, above - 6), name, "black", own, anchor="mb")
         elif name:
-            label = Image.new("RGB", (int(font.getlength(name)) + 2, LINE), "white")
-            ImageDraw.Draw(label).text((0, LINE / 2), name, "black", font, anchor="lm")
+            label = Image.new("RGB", (int(own.getlength(name)) + 2, LINE), "white")
+            ImageDraw.Draw(label).text((0, LINE / 2), name, "black", own, anchor="lm")
             turned = label.rotate(90, expand=True)
             sheet.paste(turned, (int(middle - LINE / 2), above - 6 - turned.height))
     if min(size) >= 6:
@@ -144,10 +156,14 @@ def heads(record: GridRecord) -> Image.Image:
     )
 
 
-def confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> Image.Image:
+def confusion(p: Predictions, classes: Sequence[str]) -> Image.Image:
     """Truth down, prediction across; shades are the root of a class's share, so that few mistakes
-    show; numbers are images.
+    show; numbers are images. A cell costs memory: of many classes, most are one.
     """
+    if len(classes) > SHOWN:
+        p, kept = merged(p, len(classes), NAMED)
+        classes = [*(classes[i] for i in kept), f"{len(classes) - len(kept):,} others"]
+    matrix = confusion_matrix(p, len(classes))
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = int(np.clip(640 // len(classes), 2, 44))
     texts = None

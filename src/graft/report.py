@@ -10,10 +10,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from graft.console import LiteralConsole, console
 from graft.data.datamodule import TransferDataModule
 from graft.module import TransferModule
 from graft.transfer.param_groups import describe_groups
@@ -22,13 +22,12 @@ from graft.transfer.stages import Stage
 
 WORDS = ("group", "trainable", "norm")  # columns of the table of groups
 
-console = Console(highlight=False, soft_wrap=True)
 FILE_WIDTH = 120  # columns of tables in output that goes to a file
 
 
 @rank_zero_only
 def say(text: str) -> None:
-    console.print(text, markup=False)
+    console.print(text)
 
 
 @rank_zero_only
@@ -39,14 +38,17 @@ def print_start(
     classes = datamodule.classes
     names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     sizes = ", ".join(f"{size:,} {name}" for name, size in datamodule.describe().items())
-    crop = f", resized to {p.resize_size} and cropped" if p.resize_size != p.crop_size else ""
+    crop = f" of {p.resize_size}" if p.resize_size != p.crop_size else ""
+    origin = p.origin or "with mean " + " ".join(f"{v:g}" for v in p.mean)
     say(f"data      {sizes} images, {len(classes)} classes ({names})")
-    say(f"input     {p.crop_size} x {p.crop_size} px{crop}, normalised as the weights expect")
+    say(f"input     {p.crop_size} x {p.crop_size} px{crop}, {p.interpolation}, normalised {origin}")
     say(
         f"backbone  {backbone.description or 'no weights named'}: "
         f"{_count(backbone):,} parameters, {len(backbone.blocks)} blocks, "
         f"{backbone.num_features} features"
     )
+    if backbone.taken:
+        say(f"weights   {backbone.taken}")
     say(f"head      {type(module.head).__name__}: {_count(module.head):,} parameters")
     say(f"device    {device}")
     say(f"run       {run}")
@@ -82,7 +84,7 @@ def print_stage(module: TransferModule, stage: Stage) -> None:
 
 def _print(table: Table) -> None:
     wide = max(console.width, FILE_WIDTH)
-    to = console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=wide)
+    to = console if console.is_terminal else LiteralConsole(width=wide)
     to.print(table)
 
 
@@ -158,14 +160,15 @@ class PartsBar:
             self.told = time.perf_counter()
 
 
-def print_result(metrics: Mapping[str, Any], seconds: float, run: Path, logs: Path) -> None:
+def print_result(record: Mapping[str, Any], run: Path) -> None:
     say("")
     for name in ("val/acc", "test/acc"):
-        if name in metrics:
-            say(f"{name:<9} {100 * metrics[name]:.2f} %")
-    say(f"time      {seconds:.1f} s")
+        if name in record["metrics"]:
+            say(f"{name:<9} {100 * record['metrics'][name]:.2f} %")
+    say(f"recall    {record['recall']}")
+    say(f"time      {record['seconds']:.1f} s")
     say(f"run       {run}")
-    say(f"board     graft board {logs}")
+    say(f"board     graft board {run.parent}")
 
 
 PERCENT = ("acc", "macro_f1", "ece")
@@ -190,12 +193,12 @@ def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
         table.add_column(column, justify="left" if column == "class" else "right")
     for i in order:
         row = result["per_class"][names[i]]
-        wrong = [0 if j == i else count for j, count in enumerate(result["confusion"][i])]
-        taken = max(range(len(names)), key=lambda j: wrong[j])
-        share = f"{names[taken]} {100 * wrong[taken] / row['images']:.1f} %" if any(wrong) else ""
+        other, count = row["taken_for"] or ("", 0)
+        share = f"{other} {100 * count / row['images']:.1f} %" if count else ""
         acc = "" if row["acc"] is None else _score("acc", row["acc"])
         table.add_row(names[i], f"{row['images']:,}", acc, _interval("acc", row["interval"]), share)
     _print(table)
+    say(f"recall    {result['recall']}")
 
 
 def print_corruptions(result: Mapping[str, Any]) -> None:

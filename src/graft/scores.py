@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,6 @@ from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_calibration_error,
     multiclass_accuracy,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
 )
 
 BINS = 15  # of confidence, for the calibration error: Guo et al. 2017
@@ -64,13 +63,63 @@ def scores(p: Predictions, num_classes: int) -> dict[str, float]:
     over 15 bins of confidence.
     """
     hit = (p.prediction == p.label).int()
+    images, right, predicted = class_counts(p, num_classes)
+    occurs = images + predicted > 0
     values = {
         "acc": multiclass_accuracy(p.prediction, p.label, num_classes, average="micro"),
-        "macro_f1": multiclass_f1_score(p.prediction, p.label, num_classes, average="macro"),
+        "macro_f1": (2 * right[occurs] / (images + predicted)[occurs]).mean(),
         "nll": p.loss.double().mean(),
         "ece": binary_calibration_error(p.confidence, hit, n_bins=BINS, norm="l1"),
     }
     return {name: float(value) for name, value in values.items()}
+
+
+def class_counts(p: Predictions, num_classes: int) -> tuple[NDArray[np.int64], ...]:
+    """(images, those of them predicted rightly, predictions) of each class."""
+    label, prediction = p.label.numpy(), p.prediction.numpy()
+    counted = (label, label[label == prediction], prediction)
+    return tuple(np.bincount(values, minlength=num_classes) for values in counted)
+
+
+def most_taken_for(p: Predictions) -> dict[int, tuple[int, int]]:
+    """Class -> (class that its images are most often taken for, how many of them); no entry where
+    all are right.
+    """
+    wrong = p.label != p.prediction
+    pairs = torch.stack([p.label[wrong], p.prediction[wrong]], 1).numpy()
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.lexsort((-found[:, 1], counts))  # the last one stays
+    return {
+        int(t): (int(other), int(n))
+        for (t, other), n in zip(found[order], counts[order], strict=True)
+    }
+
+
+def lowest_recall(p: Predictions, classes: Sequence[str]) -> str:
+    """What accuracy does not say: the classes of which nothing was recognised, or the worst one."""
+    images, right, _ = class_counts(p, len(classes))
+    there = np.flatnonzero(images)
+    none = there[right[there] == 0]
+
+    def named(i: int) -> str:
+        return f"{classes[i]} ({images[i]:,} image{'s' * bool(images[i] != 1)})"
+
+    if len(none):
+        names = ", ".join(map(named, none[:5])) + (", ..." if len(none) > 5 else "")
+        return f"0 % for {len(none):,} of {len(there):,} classes: {names}"
+    worst = there[(right[there] / images[there]).argmin()]
+    return f"lowest {100 * right[worst] / images[worst]:.2f} % for {named(worst)}"
+
+
+def merged(p: Predictions, num_classes: int, most: int) -> tuple[Predictions, list[int]]:
+    """The predictions with all classes merged into one but the `most` with the most mistakes; and
+    which those are. Mistakes within the merged class are none.
+    """
+    images, right, _ = class_counts(p, num_classes)
+    kept = np.argsort(right - images, kind="stable")[:most]
+    number = torch.full((num_classes,), len(kept))
+    number[torch.from_numpy(kept)] = torch.arange(len(kept))
+    return replace(p, label=number[p.label], prediction=number[p.prediction]), kept.tolist()
 
 
 def reliability(
@@ -88,7 +137,8 @@ def reliability(
 
 def confusion_matrix(p: Predictions, num_classes: int) -> NDArray[np.int64]:
     """(num_classes, num_classes) images: truth down, prediction across."""
-    return multiclass_confusion_matrix(p.prediction, p.label, num_classes).numpy()
+    cells = (p.label * num_classes + p.prediction).numpy()
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def intervals(
@@ -106,7 +156,7 @@ def intervals(
     label, prediction, loss = (v.numpy() for v in (p.label, p.prediction, p.loss.double()))
     hit = prediction == label
     found: dict[str, list[NDArray[np.float64]]] = {}
-    step = max(1, CHUNK // len(p))
+    step = max(1, CHUNK // max(len(p), num_classes))
     for start in range(0, samples, step):
         rows = rng.integers(len(p), size=(min(step, samples - start), len(p)))
         true = _counts(label[rows], num_classes)

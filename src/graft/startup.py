@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 import warnings
 
 
@@ -30,6 +31,9 @@ def quiet_libraries() -> None:
     """Silence what a user can do nothing about; everything else stays."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it raises what it says
+    for reporter in ("profilers", "callbacks.model_summary"):  # there only if a user sets one
+        logging.getLogger(f"lightning.pytorch.{reporter}").setLevel(logging.INFO)
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
         ".*does not have many workers.*",  # batches are one indexing call: workers cost time here
@@ -38,9 +42,18 @@ def quiet_libraries() -> None:
         ".*`broadcast_buffers` is deprecated.*",  # its replacement is not in torch 2.11
         ".*The number of training batches .* is smaller than the logging interval.*",
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # the order is ours
+        ".*lr_scheduler.step.* before .optimizer.step.*",  # 16-mixed leaves out steps that overflow
         ".*module.s. in eval mode at the start of training.*",  # frozen blocks are meant to be
     ):
         warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", module="PIL")  # odd metadata of images: their pixels count
+    threading.excepthook = _report_thread
+
+
+def _report_thread(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard raises in the main thread what its writer met, a full disk say."""
+    if type(error.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(error)
 
 
 def is_first_process() -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from graft.config import CONFIGS, check, chosen_options, explain, make
+from graft.config import CONFIGS, check, chosen_options, explain
+from graft.conflicts import without_effect
+from graft.names import visible
+from graft.objects import make
+from graft.overrides import quote_paths, whole_command
+from graft.reading import read_yaml_mapping
 from graft.runs.sweep import failures
 from graft.signals import Preempted, Pruned, StopSignals, requeue
 from graft.startup import import_libraries, is_first_process, quiet_libraries
@@ -32,20 +38,22 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(config: DictConfig) -> float:
     """One run; the jobs of a sweep are started by our launchers."""
-    overrides = list(HydraConfig.get().overrides.task)
     try:
-        return job(config, overrides)
+        return job(config)
     except Exception as error:
         if "GRAFT_SHORT_ERRORS" not in os.environ:
             raise
         failures.append(explain(error))
-        print(f"graft: error: {failures[-1]}", file=sys.stderr)
+        print(f"graft: error: {visible(failures[-1])}", file=sys.stderr)
         return float("nan")
 
 
-def job(config: DictConfig, overrides: list[str]) -> float:
+def job(config: DictConfig) -> float:
     plain = check(config)  # before torch is imported
     hydra_config = HydraConfig.get()
+    overrides = whole_command(hydra_config, hydra_config.overrides.task)
+    if problem := without_effect(plain, overrides):
+        raise ValueError(problem)
     if hydra_config.mode == RunMode.MULTIRUN:
         raise ValueError(
             f"hydra/launcher={hydra_config.runtime.choices['hydra/launcher']}: sweeps run with "
@@ -74,10 +82,11 @@ def run(
 
     logs = Path(config["paths"]["logs"])
     if begun := run_of_this_job(logs, overrides):
-        return go_on(begun)
+        own = read_yaml_mapping(begun / "config.yaml") == config
+        return go_on(begun, trusted=own)
     folder = None
     if is_first_process():
-        name = run_name((choices or {}).get("experiment"), overrides, config["seed"])
+        name = run_name(config, (choices or {}).get("experiment"), overrides)
         folder = RunFolder.create(logs, name, config, overrides, choices)
     with folder.locked() if folder is not None else nullcontext():
         return recorded(config, folder)
@@ -98,17 +107,24 @@ def recorded(
     def seconds() -> float:
         return round(before + time.perf_counter() - started, 1)
 
-    with StopSignals().handled() as stop:
+    def end(status: str, reason: str) -> None:
+        """What is left to do where the process is ended; see `StopSignals`."""
+        if folder is not None:
+            folder.finish(status, error=reason, seconds=seconds())
+
+    with StopSignals(end).handled() as stop:
         try:
             with stop.blamed():
                 metrics, _ = train(config, folder, resumed, stop)
         except Preempted as error:
+            stop.ending = True
             if folder is None and error.agreed:
                 # To Lightning, another rank's code above 0 is a crash, after which it kills the
                 # first one, which may not be done yet.
                 sys.exit(0)
             if folder is not None:
-                folder.finish("preempted", error=str(error), seconds=seconds())
+                with suppress(OSError):
+                    end("preempted", str(error))
                 report.say(f"{error}; to go on: graft resume {folder.path}")
                 if outcome := requeue(error.signum):
                     report.say(outcome)
@@ -122,18 +138,19 @@ def recorded(
             )
             return folder.record["metrics"]
         except BaseException as error:
+            stop.ending = True
+            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            with suppress(OSError):  # the error itself matters more
+                end("preempted" if interrupted else "failed", explain(error))
             if folder is not None:
-                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                (folder.path / "error.log").write_text(traceback.format_exc())
-                folder.finish(
-                    "preempted" if interrupted else "failed",
-                    error=explain(error),
-                    seconds=seconds(),
-                )
+                text = traceback.format_exc().encode(errors="backslashreplace")
+                with suppress(OSError):
+                    (folder.path / "error.log").write_bytes(text)
+            stop.end_ranks(kill=True)
             raise
     if folder is not None:
         folder.finish("done", metrics=metrics, seconds=seconds())
-        report.print_result(metrics, seconds(), folder.path, folder.path.parent)
+        report.print_result(folder.record, folder.path)
     return metrics
 
 
@@ -154,9 +171,13 @@ def train(
     import torch
 
     from graft import media, report
-    from graft.build import build, build_stages
+    from graft.build import build, build_stages, check_arguments, check_optimizers
     from graft.collect import Collect
+    from graft.data.features import weights_digest
+    from graft.data.items import FILE as SPLITS_FILE
+    from graft.disk import write_atomically
     from graft.loggers import advance, flush, rewind
+    from graft.scores import Predictions, lowest_recall
     from graft.trainer import compile_blocks, describe_device, make_trainer, trainer_options
     from graft.transfer.checkpoint import PREVIOUS
     from graft.transfer.last_checkpoint import LastCheckpoint
@@ -166,12 +187,29 @@ def train(
     L.seed_everything(config["seed"], workers=True, verbose=False)
     options = trainer_options(config["trainer"])
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
-    module, datamodule = build(config)
+    check_arguments(config)
+    stages = build_stages(config)
+    check_optimizers(stages)
+    module, datamodule = build(config, recorded=resumed.splits if resumed else None)
+    if datamodule.changes:
+        raise ValueError(
+            "the data is not what this run has trained on: "
+            f"{'; '.join(datamodule.changes.values())}: put it back, or start a new run"
+        )
     if config["trainer"]["compile"]:
         compile_blocks(module.backbone, config["trainer"]["compile"])
     path = folder.path if folder is not None else Path("unused-on-other-ranks")
-    module.checkpoint_note = {"config": config, "classes": datamodule.classes}
+    module.checkpoint_note = {
+        "config": config,
+        "classes": datamodule.classes,
+        "value_range": datamodule.value_range,
+        "preprocessing": dataclasses.asdict(module.backbone.preprocessing),
+    }
     loggers = []
+    if folder is not None and folder.record.get("weights") is None:
+        source = module.backbone.weights
+        digest = weights_digest(module.backbone) if source else None  # random ones follow the seed
+        folder.update(weights={"source": source or "random", "digest": digest})
     if folder is not None:
         loggers = [make(c, save_dir=path) for c in (config["logger"] or {}).values() if c]
     if resumed is not None:
@@ -195,11 +233,15 @@ def train(
             folder.update(stage=stage.name, groups=groups)
             media.log_groups(groups[stage.name], stage.name, loggers)
 
-    stages = build_stages(config)
     if folder is not None:
         device = describe_device(options)
-        folder.update(device=device, train_images=len(datamodule.splits["train"]))
+        record = datamodule.record()
+        write_atomically(path / SPLITS_FILE, record.packed())
+        train_images = len(datamodule.splits["train"])
+        folder.update(device=device, train_images=train_images, data=record.summary())
         report.print_start(module, datamodule, device, path)
+        for note in datamodule.notes(steps=any(stage.solver == "sgd" for stage in stages)):
+            report.say(f"note: {note}")
         params = media.hyperparameters(config, folder.record["choices"], stages, datamodule)
         media.log_start(config, params, folder.record["overrides"], loggers)
 
@@ -218,7 +260,7 @@ def train(
 
     new_store = partial(
         FeatureStore,
-        cache=Path(config["paths"]["cache"]).expanduser(),
+        cache=Path(config["paths"]["cache"]),
         tell=report.say,
         progress=report.PartsBar(),
     )
@@ -240,11 +282,14 @@ def train(
         on_result=conclude,
     )
     start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
-    collect = [Collect(media.EMBEDDED)] if media.shows_images(config["logger"]) else []
-    trainer = new_trainer(stages[-1], [start, *collect])
+    collect = Collect(media.EMBEDDED if media.shows_images(config["logger"]) else 0)
+    trainer = new_trainer(stages[-1], [start, collect])
     tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
     tested = {key: float(value) for key, value in tested.items()}
-    media.log_end(loggers, datamodule, collect, results)
+    if folder is not None:
+        recall = lowest_recall(Predictions.joined(collect.parts), datamodule.classes)
+        folder.update(recall=recall)
+    media.log_end(loggers, datamodule, [collect], results)
     return {"val/acc": results[-1].best_score, **tested}, module
 
 
@@ -252,8 +297,11 @@ def entry(command: Callable[[], Any] = main) -> None:
     """Run a command, with errors in one line and an exit code that is not zero."""
     if os.environ.get("HYDRA_FULL_ERROR") != "1":  # the user's own 1 shows all of a traceback
         os.environ |= {"HYDRA_FULL_ERROR": "1", "GRAFT_SHORT_ERRORS": "1"}  # Hydra then raises
+    if str(Path.cwd()) not in sys.path:  # ranks and jobs import from where this process does:
+        os.environ["PYTHONSAFEPATH"] = "1"  # not a `copy.py` that lies in the current folder
     failures.clear()
     try:
+        sys.argv[1:] = quote_paths(sys.argv[1:])
         command()
     except KeyboardInterrupt:
         sys.exit(130)

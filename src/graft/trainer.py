@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +11,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
 from graft.backbones.base import Backbone
-from graft.config import make
 from graft.media import Inputs
-from graft.report import EpochLines
+from graft.objects import make
+from graft.report import EpochLines, say
 from graft.signals import StopSignals
 from graft.transfer.checkpoint import AtomicCheckpointIO
 from graft.transfer.lean import make_lean
@@ -25,13 +25,19 @@ from graft.transfer.sharded import ShardedStrategy
 from graft.transfer.stages import Stage
 from graft.transfer.sync_norm import SyncBatchNorms
 
+SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+CPU_INSTRUCTIONS = {
+    "bf16-mixed": ("amx_bf16", "avx512_bf16", "bf16"),  # the last of each is Arm's
+    "16-mixed": ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
+"""Any of these, and a CPU computes in that precision about as fast as in float32, or faster."""
+
 
 def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
     """Resolve `auto` to a device and a precision.
 
     Raises:
-        ValueError: a device that is not there, a precision this device is slow at, or processes
-            that were started for one device.
+        ValueError: a device that is not there, or processes that were started for one device.
     """
     ours = ("max_epochs", "compile", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
     options = {k: v for k, v in config.items() if k not in ours}
@@ -50,29 +56,28 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
             "others: set trainer=ddp (or ddp_cpu), trainer.devices to the processes of a node and "
             "trainer.num_nodes"
         )
+    if options["num_nodes"] > 1 and started_processes() == 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"trainer.num_nodes={options['num_nodes']}: nothing says where the nodes meet; start "
+            "the run on each with torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
     on_cpu = options["accelerator"] == "cpu"
     if on_cpu and options["sync_batchnorm"]:
         raise ValueError(
             "trainer.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm trains on nothing else"
         )
-    if options.get("overfit_batches"):  # Lightning would put an order of its own in place of ours
-        raise ValueError("trainer.overfit_batches: use debug=overfit")
     precision = str(options["precision"])
+    precision = SHORT_PRECISIONS.get(precision, precision)
     if precision == "auto":
         fast = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16-mixed" if fast else "32-true"
-    elif on_cpu and precision.startswith("bf16") and (times := bf16_slowdown()) > 3:
-        raise ValueError(
-            f"trainer.precision={precision}: a convolution takes {times:.0f} times as long as in "
-            "float32 on this CPU; use trainer.precision=auto"
-        )
-    elif on_cpu and precision.startswith("16"):
-        raise ValueError(f"trainer.precision={precision} needs a GPU; use trainer.precision=auto")
-    elif precision.endswith("-true") and precision != "32-true":
-        raise ValueError(
-            f"trainer.precision={precision}: weights are kept in float32; use 32-true, 16-mixed or "
-            "bf16-mixed"
-        )
+    if on_cpu and (needed := CPU_INSTRUCTIONS.get(precision)):
+        has = torch.cpu.get_capabilities()  # not a stopwatch: the same machine gives the same bits
+        if not any(has.get(name) for name in needed):
+            say(
+                f"note: this CPU has no instructions for trainer.precision={precision}, so it "
+                "takes ten to hundreds of times as long as 32-true"
+            )
     options["precision"] = precision
     return options
 
@@ -91,24 +96,6 @@ def started_processes() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # SLURM_NTASKS may count the whole job's
-
-
-def bf16_slowdown() -> float:
-    """Time of a small convolution, forward and backward, in bf16 relative to float32.
-
-    Measured, because flags of the CPU don't tell: some that have the instructions lack the kernels.
-    """
-    fastest = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = torch.nn.Conv2d(32, 32, 3, padding=1).to(dtype)
-        images = torch.randn(8, 32, 16, 16, dtype=dtype)
-        seconds = []
-        for _ in range(6):  # the first also chooses a kernel; others may be disturbed
-            started = time.perf_counter()
-            layer(images).sum().backward()
-            seconds.append(time.perf_counter() - started)
-        fastest[dtype] = min(seconds)
-    return fastest[torch.bfloat16] / fastest[torch.float32]
 
 
 def compile_blocks(backbone: Backbone, mode: str | bool) -> None:
@@ -148,8 +135,12 @@ def make_trainer(
     plugins: list[Any] = [AtomicCheckpointIO()]
     if options["sync_batchnorm"]:
         plugins.append(SyncBatchNorms())
+    options = {**options, "strategy": strategy, "sync_batchnorm": False}
+    if options["accelerator"] == "cpu" and options["precision"] == "16-mixed":
+        # Named rather than made, Lightning takes bfloat16 instead.
+        plugins.append(MixedPrecision(options.pop("precision"), "cpu"))
     trainer = L.Trainer(
-        **{**options, "strategy": strategy, "sync_batchnorm": False},
+        **options,
         plugins=plugins,
         max_epochs=stage.epochs,
         callbacks=chosen,
@@ -161,6 +152,11 @@ def make_trainer(
         use_distributed_sampler=False,  # the datamodule's order already knows the ranks
     )
     make_lean(trainer)
+    if options["num_nodes"] > 1 and not torch.distributed.is_initialized():
+        place: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+        if place.local_rank() == 0:
+            where = f"{place.main_address}:{place.main_port}"
+            print(f"nodes     waiting for {options['num_nodes']} at {where}", flush=True)
     if stop is not None:
         stop.take_over(trainer)
     return trainer

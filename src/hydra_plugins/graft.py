@@ -7,12 +7,14 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from graft.config import NATURAL
+from graft.checks import POSITIVE_INT
+from graft.overrides import require_values
 from graft.runs import processes, slurm
 from graft.runs.launch import SweepLauncher
 
@@ -38,17 +40,24 @@ class Grid(BasicSweeper):
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         pass
 
+    @staticmethod
+    def split_arguments(
+        overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        require_values(overrides)
+        return BasicSweeper.split_arguments(overrides, max_batch_size)
+
 
 class Optuna(Sweeper):
     def __init__(
         self, n_trials: int, params: DictConfig | None, pruner: DictConfig | None, **settings: Any
     ) -> None:
-        if not NATURAL[1](n_trials):
-            raise ValueError(f"hydra.sweeper.n_trials={n_trials}: must be {NATURAL[0]}")
+        if not POSITIVE_INT[1](n_trials):
+            raise ValueError(f"hydra.sweeper.n_trials={n_trials}: must be {POSITIVE_INT[0]}")
         self.n_trials = n_trials
         self.params = [f"{key!s}={value}" for key, value in (params or {}).items()]
         self.pruner: Any = None if pruner is None else OmegaConf.to_container(pruner)
-        self.settings = settings
+        self.settings = settings | {"sampler": OmegaConf.to_container(settings["sampler"])}
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -65,4 +74,5 @@ class Optuna(Sweeper):
             raise ValueError("hydra/sweeper=optuna needs Optuna: pip install optuna") from error
         assert isinstance(self.launcher, SweepLauncher)
         overrides = self.parser.parse_overrides([*self.params, *arguments])
+        require_values(overrides)
         search(self.launcher, overrides, self.n_trials, pruner=self.pruner, **self.settings)

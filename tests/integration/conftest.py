@@ -24,6 +24,7 @@ POLISH = (
     "+transfer.stages.polish={trainable: head, solver: lbfgs, augment: false, cache: on, lr: 1, "
     "epochs: 9, weight_decay: 0.01}"
 )
+CLIPPED = ["trainer.gradient_clip_val=0.5", "transfer=l2_sp"]
 RUNS: dict[str, list[str]] = {
     "fine-tuning": MLP,
     "workers": [
@@ -41,6 +42,8 @@ RUNS: dict[str, list[str]] = {
         *MLP, "trainer.accumulate_grad_batches=2", "trainer.checkpoint_every_n_steps=1",
         "transfer=ema", "transfer.stages.finetune.ema=0.9",
     ],
+    "bf16-mixed": [*MLP, *CLIPPED, "trainer.precision=bf16-mixed"],
+    "16-mixed": [*MLP, *CLIPPED, "trainer.precision=16-mixed"],
     "early stopping": [*MLP, "callbacks=early_stopping", "callbacks.early_stopping.patience=1"],
 }  # fmt: skip
 
@@ -131,6 +134,7 @@ def assert_equal(resumed: Path, whole: Path) -> None:
     for file in files[0]:
         a, b = (torch.load(run / file, weights_only=True) for run in (resumed, whole))
         assert same(a["state_dict"], b["state_dict"]), file
+        assert a.get("MixedPrecision") == b.get("MixedPrecision"), file  # the scale of the loss
         for key in ("epoch", "global_step", "optimizer_states", "lr_schedulers", "loops"):
             if key == "loops":  # what it counts in this process alone is not part of it
                 a, b = ({**c, "loops": c["loops"]["fit_loop"]["epoch_progress"]} for c in (a, b))

@@ -203,6 +203,8 @@ def test_what_cannot_be_shown_is_one_line(tmp_path: Path, graft: Graft) -> None:
     assert done.returncode == 1
     assert "no TensorBoard events in its runs (logger=csv): see graft compare" in done.stderr
     (run.path / "events.out.tfevents.1").touch()
+    done = graft("board", "--port", "-5")
+    assert done.stderr == "graft: error: --port -5: must be from 0 to 65535\n"
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         taken.listen()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 
 import pytest
 
+from graft.checks import nodes, wrong_value
 from graft.config import CONFIGS
 from tests.conftest import TINY, Graft, compose
 
@@ -14,13 +16,12 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
 OPTIONS = sorted(
     (path.parent.name, path.stem)
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "hydra", "paths", "stage")
+    if path.parent.name not in ("experiment", "hydra", "paths", "stage") and path.stem != "base"
 )
 PLANS = sorted(path.stem for path in (CONFIGS / "transfer").glob("*.yaml"))
 REQUIRED = {
     "linear_grid": ["transfer=linear_probe"],
     "image_folder": ["data.root=somewhere"],
-    "base": ["+data.source={}"],
     "torchvision": ["backbone.model=resnet18"],
     "timm": ["backbone.model=resnet18"],
 }
@@ -30,10 +31,17 @@ REQUIRED = {
 def test_every_option_composes_and_says_what_it_is_for(group: str, option: str) -> None:
     if option in ("wandb", "mlflow"):
         pytest.importorskip(option)
-    compose(f"{group}={option}", *REQUIRED.get(option, []))
+    config = compose(f"{group}={option}", *REQUIRED.get(option, []))
     first = (CONFIGS / group / f"{option}.yaml").read_text().splitlines()[:2]
     comments = [line for line in first if line.startswith("# ") and "@package" not in line]
-    assert comments, "the first line says what the file is for"
+    assert comments, f"configs/{group}/{option}.yaml: begin with a comment that says what it is for"
+    for key, value in list(nodes(config)):
+        if key.startswith(f"{group}.") and value is not None:
+            parent, _, last = key.rpartition(".")
+            owner = reduce(lambda node, name: node[name], parent.split("."), config)
+            owner[last] = [[{}]]  # no key may be that
+            assert wrong_value(config), f"{key}: say in graft/checks.py what it may be"
+            owner[last] = value
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -44,14 +52,26 @@ def test_every_experiment_composes_with_its_own_backbone(name: str) -> None:
     assert f"graft train experiment={name}" in header
 
 
-@pytest.mark.parametrize("transfer", [None, "linear_probe", "finetune"])
+@pytest.mark.parametrize(
+    ("transfer", "precision"),
+    [
+        (None, "auto"), ("linear_probe", "auto"), ("finetune", "auto"),
+        (None, "bf16-mixed"), ("finetune", "16-mixed"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_a_batch(
-    graft: Graft, name: str, transfer: str | None, image_folders: Path, tmp_path: Path
+    graft: Graft,
+    name: str,
+    transfer: str | None,
+    precision: str,
+    image_folders: Path,
+    tmp_path: Path,
 ) -> None:
     """On small images in CIFAR-10's folder layout, with a small backbone from random weights."""
     overrides = [f"experiment={name}", "debug=fdr", "trainer=cpu", "data.batch_size=4"]
     overrides.append("hydra.mode=RUN")  # of a sweep, one job
+    overrides.append(f"trainer.precision={precision}")
     if "cifar10" in name or name == "compare_transfer":
         overrides += [f"data.root={image_folders}", "data.val_fraction=0.1"]
     if name.startswith(("cifar10", "compare")):
@@ -77,6 +97,41 @@ def test_every_plan_runs_a_batch_in_each_of_its_stages(
     stages = compose(f"transfer={transfer}")["transfer"]["stages"]
     assert list(record["groups"]) == list(stages)
     assert record["stage"] == list(stages)[-1]
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in CONFIGS.glob("debug/*.yaml")))
+def test_every_debug_preset_runs_on_the_embedded_default(
+    graft: Graft, preset: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    narrow = [
+        "data.image_size=16",
+        "backbone.depth=8",
+        "backbone.width=4",
+        "backbone.weights=null",
+        "trainer=cpu",
+    ]
+    done = graft("train", f"debug={preset}", *narrow)
+    assert done.returncode == 0, done.stderr
+    assert ("Total time (s)" in caplog.text) == (preset == "profiler")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        "EMAWeightAveraging", "WeightAveraging", "LambdaCallback", "LearningRateMonitor",
+        "ModelSummary", "RichModelSummary", "Timer, duration: '01:00:00:00'",
+        "GradientAccumulationScheduler, scheduling: {0: 2}",
+        "StochasticWeightAveraging, swa_lrs: 0.01",
+    ],
+)  # fmt: skip
+def test_lightnings_callbacks_work(
+    graft: Graft, callback: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = f"+callbacks.mine={{_target_: lightning.pytorch.callbacks.{callback}}}"
+    done = graft("train", *TINY, "trainer.max_epochs=2", config)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout + caplog.text
+    assert ("rainable params" in printed) == ("Summary" in callback)
 
 
 @pytest.mark.parametrize(

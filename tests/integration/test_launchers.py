@@ -21,6 +21,7 @@ from filelock import FileLock
 import graft.train as graft_train
 from graft.runs import launch
 from graft.runs.processes import Processes, own_environment
+from graft.signals import SIGNALS
 from tests.conftest import TINY, Graft
 
 LONG = ["data.source.per_class=100", "trainer.max_epochs=30"]  # seconds
@@ -60,9 +61,11 @@ def wait_for(condition: Callable[[], Any]) -> None:
 def test_ctrl_c_that_a_library_catches_ends_the_sweep_all_the_same(
     graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And leaves no handler behind, in a notebook say."""
+    ours = {signum: signal.getsignal(signum) for signum in SIGNALS if signum != signal.SIGINT}
     started: list[Path] = []
 
-    def go_on(path: Path) -> None:
+    def go_on(path: Path, trusted: bool) -> None:
         started.append(path)
         try:
             if len(started) == 1:
@@ -77,6 +80,7 @@ def test_ctrl_c_that_a_library_catches_ends_the_sweep_all_the_same(
     assert done.returncode == 130
     assert f"stopped by SIGINT; to go on: graft resume {folder}" in done.stdout
     assert statuses(folder) == ["failed", "queued"]
+    assert {signum: signal.getsignal(signum) for signum in ours} == ours
 
 
 def test_started_again_a_sweep_runs_what_is_not_done(

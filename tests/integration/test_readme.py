@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from graft.config import CONFIGS
-from tests.conftest import compose
+from tests.conftest import Graft, compose
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -67,9 +67,42 @@ def test_every_command_composes(command: str) -> None:
 
 def test_the_table_of_groups_is_complete() -> None:
     for group in CONFIGS.iterdir():
-        if group.is_dir() and group.name not in ("hydra", "paths", "logger", "stage"):
+        if group.is_dir() and group.name not in (
+            "hydra",
+            "paths",
+            "logger",
+            "preprocessing",
+            "stage",
+        ):
             assert f"`{group.name}`" in README, group.name
             row = next(line for line in README.splitlines() if f"`{group.name}`" in line)
             for option in group.glob("*.yaml"):
                 if group.name != "backbone" and option.stem != "base":
                     assert re.search(rf"\b{option.stem}\b", row), f"{group.name}={option.stem}"
+
+
+@pytest.mark.parametrize("command", re.findall(r"`graft (train [^`]*experiment=mine)`", README))
+def test_configs_outside_the_repository(graft: Graft, command: str, tmp_path: Path) -> None:
+    mine = tmp_path / "my_configs" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\nlabel_smoothing: 0.123\n")
+    done = graft(*shlex.split(command), "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert "label_smoothing: 0.123" in done.stdout
+
+
+def test_the_shell_completes_commands_options_and_keys(
+    graft: Graft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in (["-sc", "install=bash"], ["train", "-sc", "install=bash"]):
+        script = graft(*command).stdout
+        assert script.split()[-1] == "graft"
+    for line, choice in (
+        ("graft tr", "train"),
+        ("graft train opti", "optimizer="),
+        ("graft train optimizer=", "optimizer=adamw optimizer=sgd"),
+        ("graft train data=digits data.batch", "data.batch_size="),
+        ("graft eval ", ""),
+    ):
+        monkeypatch.setenv("COMP_LINE", line)
+        assert choice in graft("-sc", "query=bash").stdout

@@ -81,7 +81,7 @@ def test_no_run_folder_or_one_of_another_version(graft: Graft, stopped: Path) ->
         (stopped / "run.json").write_text(content.replace('"format": 2', f'"format": {found}'))
         assert f"written by {age} version of graft" in error(graft, stopped)
     (stopped / "run.json").write_text(content[:100])
-    assert "is not a run folder" in error(graft, stopped)
+    assert "run.json is damaged" in error(graft, stopped)
 
 
 def test_a_run_that_another_process_works_on(
@@ -108,6 +108,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     out = runs.resume(stopped)
     state = "missing" if damage == "missing" else "damaged"
     assert f"last.ckpt is {state}: the one before it is used" in out
+    assert_equal(stopped, runs.whole("two stages"))
+
+
+def test_a_stage_whose_best_weights_are_damaged_starts_anew(runs: Runs, stopped: Path) -> None:
+    """No later epoch need be better: all of them would run, and the stage end without weights."""
+    best = stopped / "checkpoints" / "second" / "best.ckpt"
+    best.write_bytes(best.read_bytes()[:-100])
+    out = runs.resume(stopped)
+    assert f"note: {best} is missing or damaged, and what was best is in no other file" in out
+    assert "stage second from its start" in out
     assert_equal(stopped, runs.whole("two stages"))
 
 
@@ -139,6 +149,6 @@ def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(
         message = error(graft, stopped)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f"cannot write the checkpoint {last}: ")
+    assert message.startswith(f"cannot write {last}: ")
     assert last.read_bytes() == before
     assert {p.name for p in last.parent.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}

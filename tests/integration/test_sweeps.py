@@ -29,7 +29,7 @@ def test_the_tables_of_a_sweep_with_a_failing_job(graft: Graft, tmp_path: Path) 
     assert [row["status"] for row in rows[:2]] == ["failed", "failed"]
     assert "lower optimizer.lr" in rows[0]["error"]
     table = (sweep / "summary.md").read_text()
-    assert table.startswith("| optimizer.lr | n | test/acc % |")
+    assert table.startswith("| test/acc % | val/acc % | n | optimizer.lr |")
     assert "left out: 2 failed" in table
     assert f"4 of 6 runs done in {sweep}" in done.stdout
     assert "left out: 2 failed" in done.stdout

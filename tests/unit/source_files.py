@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from graft.backbones.base import Preprocessing
 from graft.data.source import Source, Splits
 
 RED, GREEN, BLUE = (250, 10, 20), (30, 240, 40), (50, 60, 230)
@@ -37,9 +38,14 @@ def truncate(path: Path) -> int:
     return path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def px(side: int) -> Preprocessing:
+    """The whole image at that size."""
+    return Preprocessing(side, side)
+
+
 def read(source: Source, size: int = 32) -> Splits:
-    source.prepare(size)
-    return source.load(size)
+    source.prepare(px(size))
+    return source.load(px(size))
 
 
 def corner(images: NDArray[np.uint8]) -> list[tuple[int, ...]]:

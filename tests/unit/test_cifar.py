@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
 
 from graft.data.cifar import Cifar10
-from tests.unit.source_files import class_folders, corner, read, together, truncate
+from tests.unit.source_files import class_folders, corner, px, read, together, truncate
 
 NAMES = ["airplane", "automobile", "bird"]
 # Neither the members of the official archive nor these are in the batches' order.
@@ -143,7 +143,7 @@ def test_every_pixel_and_label(archive: Archive, root: Path, cache: Path, unpack
     # As torchvision reads it.
     if unpacked:
         theirs = archive.source.official(root, train=False)
-        test = archive.source(root, cache).load(224).test
+        test = archive.source(root, cache).load(px(224)).test
         assert test is not None
         np.testing.assert_array_equal(test.images.transpose(0, 2, 3, 1), theirs.data)
 
@@ -152,7 +152,7 @@ def test_two_processes_download_once(
     archive: Archive, root: Path, cache: Path, requests: list[str]
 ) -> None:
     source = archive.source(root, cache)
-    assert together(lambda: source.prepare(224), 3) == [0, 0, 0]
+    assert together(lambda: source.prepare(px(224)), 3) == [0, 0, 0]
     assert requests == [f"/{archive.path.name}"]
     check(source, archive)
     assert not list(root.glob("*.part"))
@@ -189,7 +189,7 @@ def test_a_server_with_another_archive(
 ) -> None:
     archive.path.write_bytes(b"something else")
     with pytest.raises(OSError, match=r"wrong checksum, twice; .*data=digits") as caught:
-        archive.source(root, cache).prepare(224)
+        archive.source(root, cache).prepare(px(224))
     assert "\n" not in str(caught.value)
     assert len(requests) == 2
     assert [path.suffix for path in root.glob("cifar*")] == [".corrupt"]
@@ -219,12 +219,12 @@ def test_no_data(
     if damaged:
         truncate(archive.put(root))
     with pytest.raises(FileNotFoundError, match=message) as caught:
-        archive.source(root, cache, download=download).prepare(224)
+        archive.source(root, cache, download=download).prepare(px(224))
     assert "\n" not in str(caught.value)
     assert str(root) in str(caught.value)
     assert "data=digits needs no download" in str(caught.value)
     with pytest.raises(FileNotFoundError, match="prepare"):
-        archive.source(root, cache).load(224)
+        archive.source(root, cache).load(px(224))
 
 
 def test_other_content_is_not_mixed_up(tmp_path: Path, cache: Path) -> None:
@@ -241,5 +241,5 @@ def test_class_folders(tmp_path: Path, cache: Path) -> None:
     assert corner(splits.train.images)[:2] == [(200, 10, 20), (201, 10, 20)]
     truncate(root / "train/cat/1.png")
     with pytest.raises(ValueError, match="1 of 12 images cannot be read"):
-        Cifar10(root, cache).prepare(224)
+        Cifar10(root, cache).prepare(px(224))
     assert len(read(Cifar10(root, cache, on_error="skip")).train.labels) == 5

@@ -30,6 +30,7 @@ def add_run(
     labels: float = 1.0,
     logs: str = "logs",
     overrides: list[str] | None = None,
+    extra: dict[str, Any] | None = None,
     **record: Any,
 ) -> Path:
     """A run folder as `graft train` leaves it, its config cut short."""
@@ -42,6 +43,8 @@ def add_run(
         "optimizer": {"lr": lr},
         "transfer": {"stages": {name: stage[name]}},
     }
+    for group, values in (extra or {}).items():
+        config.setdefault(group, {}).update(values)  # type: ignore[attr-defined]
     folder = parent / f"run{len(list(parent.iterdir())):04d}" if parent.is_dir() else parent / "run"
     folder.mkdir(parents=True)
     whole: dict[str, Any] = {
@@ -102,8 +105,9 @@ def test_columns_are_what_was_set_and_not_what_follows_from_it(tmp_path: Path) -
 
 
 def test_a_value_is_the_same_however_it_was_typed() -> None:
-    assert text(1) == text(1.0) == text("1") == "1"
-    assert text(1e-3) == text("1e-3") == "0.001"
+    assert text(1) == text(1.0) == "1"
+    assert text(1e-3) == "0.001"
+    assert text("007") == "007"
     assert [text(v) for v in (None, True, [0.1, 2], "all")] == ["null", "true", "[0.1,2]", "all"]
 
 
@@ -126,7 +130,10 @@ def test_what_is_not_done_is_listed_and_never_in_a_mean(graft: Graft, tmp_path: 
         "1 failed", "1 preempted", "1 running", "2 unreadable"
     ]  # fmt: skip
     assert f"failed: {failed.relative_to(tmp_path)}: the loss is nan" in done.stdout
-    assert f"unreadable: {torn.relative_to(tmp_path)}: Unterminated string" in done.stdout
+    assert (
+        f"unreadable: {torn.relative_to(tmp_path)}: run.json is damaged: Unterminated string"
+        in done.stdout
+    )
     assert f"unreadable: {newer.relative_to(tmp_path)}: written by a newer graft" in done.stdout
 
 
@@ -238,18 +245,19 @@ def test_a_pivot_has_one_key_down_and_another_across(graft: Graft, tmp_path: Pat
 def test_filters_and_sorting(graft: Graft, tmp_path: Path) -> None:
     fill(tmp_path / "logs")
 
-    def first_column(*arguments: str) -> list[str]:
+    def first_key(*arguments: str) -> list[str]:
         lines = graft("compare", *arguments).stdout.splitlines()
         end = next(i for i, line in enumerate(lines) if line.startswith("mean ±"))
-        return [line.split()[0] for line in lines[1:end]]
+        at = lines[0].index(" n  ") + 4  # keys come after the metrics and n
+        return [line[at:].split()[0] for line in lines[1:end]]
 
     best_first = ["finetune", "finetune", "linear_probe", "linear_probe"]
-    assert first_column("--sort", "test/acc") == best_first
-    assert first_column("--sort", "test/acc", "--reverse") == best_first[::-1]
-    assert first_column("--sort", "test/loss") == best_first
-    assert first_column("--sort", "transfer", "--reverse") == best_first[::-1]
-    assert first_column("--where", "transfer=finetune") == ["0.1", "1"]
-    assert first_column("--where", "data.train_fraction=0.1,5", "--where", "seed=1") == [
+    assert first_key("--sort", "test/acc") == best_first
+    assert first_key("--sort", "test/acc", "--reverse") == best_first[::-1]
+    assert first_key("--sort", "test/loss") == best_first
+    assert first_key("--sort", "transfer", "--reverse") == best_first[::-1]
+    assert first_key("--where", "transfer=finetune") == ["0.1", "1"]
+    assert first_key("--where", "data.train_fraction=0.1,5", "--where", "seed=1") == [
         "finetune", "linear_probe"
     ]  # fmt: skip
 
@@ -334,3 +342,121 @@ def test_it_starts_without_torch(graft_process: Graft, tmp_path: Path, monkeypat
     )
     done = graft_process("compare", "logs", "--pivot", "transfer", "data.train_fraction")
     assert done.returncode == 0, done.stderr
+
+
+def digests(train: str, test: str = "t") -> dict[str, Any]:
+    return {"train": {"items": 8, "digest": train}, "test": {"items": 2, "digest": test}}
+
+
+def test_what_no_result_depends_on_makes_no_other_experiment(tmp_path: Path) -> None:
+    """Workers, batches of the evaluation, times of checkpoints, tags, and where equal data lies."""
+    add_run(tmp_path, 0.5, data=digests("a"), extra={"data": {"root": "/here"}})
+    more = {
+        "data": {"root": "/there", "num_workers": 4, "eval_batch_size": 7, "pin_memory": True},
+        "trainer": {"checkpoint_every_n_steps": 5, "log_every_n_steps": 1},
+    }
+    add_run(tmp_path, 0.6, seed=1, data=digests("a"), extra=more)
+    (group,) = compared(tmp_path).groups
+    assert len(group.runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "column"),
+    [
+        ({"data": digests("a")}, {"data": digests("b")}, "data.digest"),
+        ({"data": digests("a")}, {"data": digests("a", test="u")}, "data.digest"),
+        ({"train_images": 28}, {"train_images": 44}, "train_images"),
+        ({"weights": {"digest": "a"}}, {"weights": {"digest": "b"}}, "backbone.weights.digest"),
+        ({"extra": {"data": {"root": "007"}}}, {"extra": {"data": {"root": "07"}}}, "data.root"),
+        ({"extra": {"data": {"root": "/a"}}}, {"extra": {"data": {"root": "/b"}}}, "data.root"),
+    ],
+)
+def test_runs_on_other_data_or_weights_are_never_averaged(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], column: str
+) -> None:
+    """The same command after files were added, removed or overwritten."""
+    add_run(tmp_path, 0.5, seed=0, **one)
+    add_run(tmp_path, 0.6, seed=1, **other)
+    comparison = compared(tmp_path)
+    assert [len(group.runs) for group in comparison.groups] == [1, 1]
+    assert comparison.columns == [column]
+
+
+def test_one_odd_record_does_not_end_the_comparison_of_a_folder(
+    graft: Graft, tmp_path: Path
+) -> None:
+    logs = tmp_path / "logs"
+    whole = json.loads((add_run(logs, 0.5) / "run.json").read_text())
+    odd: Any = (None, True, "2", -1, 10**400, 1.5, [], [1], [None], {}, {"a": []}, {"a": {"b": 1}})
+    for field in (*whole, "data", "weights", "error", "job", "slurm_job", "gpu_memory_mb"):
+        for value in odd:
+            folder = add_run(logs, 0.5)
+            (folder / "run.json").write_text(json.dumps({**whole, field: value}))
+    for content in (b"", b"[" * 5000, b'{"a":' * 5000, b"null", b"\xff", b"{}", b'{"format": 2}'):
+        (add_run(logs, 0.5) / "run.json").write_bytes(content)
+    for arguments in ([], ["--each"], ["--keys"], ["--plot", "x.png"], ["--sort", "seconds"]):
+        done = graft("compare", "logs", *arguments)
+        assert done.returncode == 0, done.stderr
+    assert "run.json is damaged: metrics has the wrong type" in graft("compare", "--each").stdout
+
+
+def mixed(logs: Path) -> None:
+    """Groups that differ in many keys, each in two or three of them."""
+    for i in range(6):
+        deep = {"optimizer": {f"long_name_of_option_{k}": 1 + (i == k) for k in range(5)}}
+        given = [f"optimizer.long_name_of_option_{k}=1" for k in range(5)]
+        add_run(logs, 0.5 + i / 100, overrides=given, extra={**deep, "data": {"root": "/x" * 60}})
+
+
+@pytest.mark.parametrize("arguments", [[], ["--each"], ["--keys"]])
+def test_a_table_fits_the_terminal_with_metrics_and_settings_first(
+    graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    mixed(tmp_path / "logs")
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = graft("compare", *arguments).stdout.splitlines()
+    table = lines[: next((i for i, s in enumerate(lines) if s.startswith("left out")), None)]
+    assert max(map(len, table)) <= 80
+    if arguments != ["--keys"]:
+        assert table[0].startswith("test/acc %  val/acc %")
+        assert "settings" in table[0]
+        assert any("long_name_of_option_4=2" in line for line in table)
+    monkeypatch.delenv("COLUMNS")
+    assert "optimizer.long_name_of_option_4" in graft("compare", *arguments).stdout
+
+
+def test_names_are_shown_as_they_are_and_escaped_where_that_cannot_be(
+    graft: Graft, tmp_path: Path
+) -> None:
+    names = {"[bold]": "[bold]", ":x:": ":x:", "a|b": r"a\|b", "\x1b[31mred\n": r"\x1b[31mred\n",
+             "猫": "猫", b"caf\xe9".decode(errors="surrogateescape"): r"caf\xe9"}  # fmt: skip
+    for name in names:
+        add_run(tmp_path / "logs", 0.5, overrides=["data.root=x"], extra={"data": {"root": name}})
+    done = graft("compare", "--md", "out.md", "--csv", "out.csv", "--plot", "out.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    markdown, table = ((tmp_path / f"out.{end}").read_text() for end in ("md", "csv"))
+    for name, shown in names.items():
+        assert f"| {shown} |" in markdown
+        plain = shown.replace(r"\|", "|")
+        assert plain in done.stdout
+        assert plain in table, name
+    assert "\x1b" not in done.stdout + markdown + table
+    rows = done.stdout.splitlines()[:7]  # a wide letter takes two columns
+    assert len({row.index("10.0") + ("猫" in row) for row in rows[1:]}) == 1
+
+
+def test_runs_are_found_by_their_tags_and_told_apart_by_their_names(
+    graft: Graft, tmp_path: Path
+) -> None:
+    for i, tags in enumerate((["a", "b"], ["b"], [])):
+        extra = {"name": f"run{i}", "tags": tags}
+        folder = add_run(tmp_path / "logs", 0.5 + i / 10, overrides=[f"name=run{i}"])
+        record = json.loads((folder / "run.json").read_text())
+        record["config"] |= extra
+        (folder / "run.json").write_text(json.dumps(record))
+    shown = graft("compare", "--where", "tags=b").stdout
+    assert ("run0" in shown, "run1" in shown, "run2" in shown) == (True, True, False)
+    assert "name" in shown.splitlines()[0]
+    assert "run1" not in graft("compare", "--where", "tags=a,c").stdout
+    assert "70.00" in graft("compare", "--where", "name=run2").stdout

@@ -159,7 +159,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     slow = Slow(tmp_path / "notes")
-    with pytest.raises(OSError, match=r"need 0\.00 GB in .* are free: set paths\.cache"):
+    with pytest.raises(OSError, match=r"need 2\.4 kB in .* are free: set paths\.cache"):
         entry.fill(slow)
     assert not slow.notes.exists()
 

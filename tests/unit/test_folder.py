@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from graft.data.folder import ImageFolder
-from tests.unit.source_files import BLUE, GREEN, RED, class_folders, corner, read, save, truncate
+from tests.unit.source_files import (
+    BLUE,
+    GREEN,
+    RED,
+    class_folders,
+    corner,
+    px,
+    read,
+    save,
+    truncate,
+)
 
 
 @pytest.fixture
@@ -68,7 +78,9 @@ def test_formats(tmp_path: Path, cache: Path) -> None:
     image = Image.fromarray(pixels)
     grey = image.convert("L")
     palette = image.quantize(16)
-    deep = Image.fromarray((np.asarray(grey).astype(np.uint16) << 8) + 200)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    see_through = np.array(palette.convert("RGB"))
+    see_through[np.asarray(palette) == 3] = 255
     turned = Image.Exif()
     turned[0x0112] = 6  # stored on its side: turn clockwise to see it
     a = tmp_path / "d/train/a"
@@ -80,7 +92,7 @@ def test_formats(tmp_path: Path, cache: Path) -> None:
         ("2.webp", image, {"lossless": True}, pixels),
         ("3.png", grey, {}, np.asarray(grey.convert("RGB"))),
         ("4.png", palette, {}, np.asarray(palette.convert("RGB"))),
-        ("5.png", palette, {"transparency": 3}, np.asarray(palette.convert("RGB"))),
+        ("5.png", palette, {"transparency": 3}, see_through),
         ("6.png", image.convert("RGBA"), {}, pixels),
         ("7.png", deep, {}, np.asarray(grey.convert("RGB"))),
         ("8.png", image, {"exif": turned}, np.rot90(pixels, k=-1)),
@@ -133,7 +145,7 @@ def test_storage_size(root: Path, cache: Path) -> None:
     assert read(source, 64).train.images.shape[2:] == (24, 24)
     assert len(list(cache.glob("*/entry.json"))) == 1  # one copy for both
     assert read(source, 16).train.images.shape[2:] == (16, 16)
-    assert source.load(24).train.images.shape[2:] == (24, 24)
+    assert source.load(px(24)).train.images.shape[2:] == (24, 24)
 
 
 def _only_class(root: Path) -> None:
@@ -141,13 +153,35 @@ def _only_class(root: Path) -> None:
         (root / split / "dog").rename(root / f"gone-{split}")
 
 
+def _flatten(root: Path) -> None:
+    for name in ("cat", "dog"):
+        for path in (root / "train" / name).iterdir():
+            path.rename(root / "train" / f"{name}{path.name}")
+        (root / "train" / name).rmdir()
+
+
+def _nest(root: Path) -> None:
+    root.rename(root.with_name("in"))
+    root.mkdir()
+    root.with_name("in").rename(root / "in")
+
+
 ERRORS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("missing", lambda r: r.rename(r.with_name("x")), r"data: no such folder"),
-    ("no train", lambda r: (r / "train").rename(r / "x"), r"data: no train folder"),
     (
-        "empty train",
-        lambda r: [(r / "train" / c).rename(r / c) for c in ("cat", "dog")],
-        r"data/train: no class folders",
+        "no train",
+        lambda r: (r / "train").rename(r.with_name("x")),
+        r"data: no train folder; expected .*data/train/<class>/<image> or .*data/<class>/<image>$",
+    ),
+    (
+        "flat train",
+        _flatten,
+        r"data: no class folders in train; expected",
+    ),
+    (
+        "a folder too deep",
+        _nest,
+        r"data: only one class, in; 2 are needed; .*data/in has a train folder: data\.root=.*in$",
     ),
     ("one class", _only_class, r"data/train: only one class, cat"),
     (
@@ -158,10 +192,15 @@ ERRORS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("empty class", lambda r: (r / "train/emu").mkdir(), r"data/train/emu: no images"),
     (
         "only unknown extensions",
-        lambda r: [p.rename(p.with_suffix(".tif")) for p in (r / "valid/cat").iterdir()],
-        r"data/valid/cat: no images \(\.bmp, \.jpeg, \.jpg, \.png, \.webp\)$",
+        lambda r: [p.rename(p.with_suffix(".heic")) for p in (r / "valid/cat").iterdir()],
+        r"data/valid/cat: 1 of 1 files are no images that can be read \(\.heic 1\): convert them",
     ),
-    ("two val", lambda r: (r / "val").mkdir(), r"data: both val and valid"),
+    (
+        "most of a class has unknown extensions",
+        lambda r: [(r / "train/cat" / n).write_text("x") for n in ("a.dcm", "b.dcm", "c", "d")],
+        r"data/train/cat: 4 of 7 files are no .* \(\.dcm 2, no extension 2\)",
+    ),
+    ("two val", lambda r: (r / "val/cat").mkdir(parents=True), r"data: both val.* and val"),
     (
         "truncated",
         lambda r: [truncate(r / "train/cat/1.png"), (r / "test/dog/0.png").write_bytes(b"")],
@@ -185,7 +224,7 @@ def test_errors_are_one_line_naming_the_path(
     damage(root)
     for _ in range(2):  # the second time from what the first may have left in the cache
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-            ImageFolder(root, cache).prepare(32)
+            ImageFolder(root, cache).prepare(px(32))
         assert "\n" not in str(caught.value)
 
 
@@ -195,7 +234,7 @@ def test_skip_leaves_unreadable_images_out(
     truncate(root / "train/cat/1.png")
     (root / "train/dog/0.png").write_bytes(b"")
     with pytest.raises(ValueError, match="2 of 12"):
-        ImageFolder(root, cache).prepare(32)
+        ImageFolder(root, cache).prepare(px(32))
     train = read(ImageFolder(root, cache, on_error="skip")).train
     assert train.labels.tolist() == [0, 0, 1, 1]
     assert corner(train.images) == [(200, 10, 20), (202, 10, 20), (1, 220, 40), (2, 220, 40)]
@@ -203,7 +242,7 @@ def test_skip_leaves_unreadable_images_out(
     assert "they are left out" in caplog.text
 
     with pytest.raises(ValueError, match="2 of 12"):
-        ImageFolder(root, cache).load(32)
+        ImageFolder(root, cache).load(px(32))
     with pytest.raises(ValueError, match="on_error is fail or skip, not 'ignore'"):
         ImageFolder(root, cache, on_error="ignore")  # type: ignore[arg-type]
 
@@ -212,7 +251,7 @@ def test_skip_does_not_empty_a_class(root: Path, cache: Path) -> None:
     for path in (root / "valid/dog").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"none is left in .*data/valid/dog$"):
-        ImageFolder(root, cache, on_error="skip").prepare(32)
+        ImageFolder(root, cache, on_error="skip").prepare(px(32))
 
 
 def test_permissions_are_not_the_image_s_fault(
@@ -222,19 +261,19 @@ def test_permissions_are_not_the_image_s_fault(
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("graft.data.decode.Image.open", denied)
+        patch.setattr("graft.data.decode.open_image", denied)
         with pytest.raises(PermissionError, match=r"0\.png"):
-            ImageFolder(root, cache, on_error="skip").prepare(32)
+            ImageFolder(root, cache, on_error="skip").prepare(px(32))
     assert len(read(ImageFolder(root, cache)).train.labels) == 6
 
 
 def test_unknown_extensions_are_counted(
     root: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("a.gif", "b.gif", "notes.txt", ".hidden.png"):
+    for name in ("a.svg", "b.svg", "notes.txt", ".hidden.png"):
         (root / "train/cat" / name).write_text("x")
-    ImageFolder(root, cache).prepare(32)
+    ImageFolder(root, cache).prepare(px(32))
     [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "3 files left out" in record.getMessage()
-    assert ".gif 2, .txt 1" in record.getMessage()
-    assert "train/cat/a.gif" in record.getMessage()
+    assert ".svg 2, .txt 1" in record.getMessage()
+    assert "train/cat/a.svg" in record.getMessage()

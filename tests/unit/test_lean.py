@@ -160,6 +160,7 @@ HOOKS: dict[str, tuple[type, Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in both")  # here
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_around_steps_is_called_by_lightning(
     train_tiny: Train, batches_of_lightning: list[int], monkeypatch: pytest.MonkeyPatch, hook: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensorboard.plugins.hparams import metadata
 
 from graft import pictures
 from graft.build import build
+from graft.fonts import drawable
 from graft.module import TransferModule
 from graft.runs.board import Links
 from graft.runs.folder import RunFolder
@@ -140,15 +142,37 @@ def test_bins_of_confidence_give_the_calibration_error() -> None:
     assert ((edges <= confidence + 1e-6) & (confidence <= edges + 1 / BINS + 1e-6))[filled].all()
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100, 1000])
+@pytest.mark.parametrize("classes", [2, 10, 100, 320, 5000])
 def test_a_confusion_matrix_of_any_size_is_a_picture_of_a_screen(classes: int) -> None:
-    matrix = np.diag(np.full(classes, 9)) + np.eye(classes, k=1, dtype=int)
-    image = pictures.confusion(matrix, [f"a long name of class {i}" for i in range(classes)])
+    label = torch.arange(classes).repeat(10)
+    prediction = torch.where(torch.arange(10 * classes) < classes, (label + 1) % classes, label)
+    p = Predictions(torch.arange(len(label)), label, prediction, label * 0.0, label * 0.0)
+    tracemalloc.start()
+    image = pictures.confusion(p, [f"a long name of class {i}" for i in range(classes)])
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     assert min(image.size) > 60
     assert max(image.size) < 2200
     assert len(buffer.getvalue()) < 500_000
+
+
+@pytest.mark.parametrize(
+    "name", ["[b]", ":x:", "naïve", "кот", "猫", "🐈", "हिन्दी", "\x1b[1m\n", "\udce9"]
+)
+def test_every_name_can_be_drawn(name: str) -> None:
+    """With a font that has its letters, or escaped: two names that differ look different."""
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    drawn = [
+        pictures.tiles(images, [[(shown, "black")]] * 2).tobytes()
+        for shown in (name, name[::-1] + "x")
+    ]
+    assert drawn[0] != drawn[1]
+    text, file = drawable(name)
+    text.encode()
+    assert text.isprintable() or "\u200d" in text
+    assert text.isascii() or file is not None
 
 
 def test_links_have_short_names_that_stay_when_runs_come(tmp_path: Path) -> None:
@@ -172,3 +196,23 @@ def test_links_have_short_names_that_stay_when_runs_come(tmp_path: Path) -> None
     links.update()
     assert names() == ["lr-0.1_seed0", "lr-0.1_seed0 (2)", "lr-0.2_seed1", "max_epochs-9_seed0"]
     assert (tmp_path / "links" / "lr-0.1_seed0 (2)").resolve() == again
+
+
+def test_links_stay_in_their_folder_whatever_a_record_says(tmp_path: Path) -> None:
+    """Its seed was pasted into a path; a link into a run's own folder would write there."""
+    logs, links = tmp_path / "logs", tmp_path / "links"
+    odd = ["/" * 120 + str(tmp_path / "MARK"), "a/b", "../../MARK", "", {"a": 1}, "\x1b[31m", 7]
+    for i, seed in enumerate(odd):
+        run = RunFolder.create(logs, f"run{i}", {"seed": seed}, [])
+        (run.path / "events.out.tfevents.1").touch()
+    links.mkdir()
+    before = {*tmp_path.rglob("*")}
+    shown = Links(logs, links, find_runs([logs]))
+    inner = RunFolder.create(logs / "default_seed7", "run", {"seed": 0}, [])
+    (inner.path / "events.out.tfevents.1").touch()
+    before |= {*logs.rglob("*")}
+    shown.update()
+    made = {*tmp_path.rglob("*")} - before
+    assert all(path.is_relative_to(links) for path in made)
+    assert sum(path.is_symlink() for path in links.rglob("*")) == len(odd) + 1
+    assert (links / "default_seed7 (folder)" / "default_seed0").resolve() == inner.path

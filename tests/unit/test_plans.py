@@ -193,7 +193,7 @@ def test_stages_have_their_own_image_size_and_augmentation() -> None:
 
 def test_images_are_kept_large_enough_for_every_stage() -> None:
     config = compose(*TINY, "data.image_size=24", f"{STAGE}.image_size=40")
-    assert build(config)[1].stored_size == 40
+    assert build(config)[1].stored.resize_size == 40
 
 
 def test_features_of_another_size_are_other_features(train_tiny: Train) -> None:
@@ -248,7 +248,7 @@ def test_the_table_of_groups_tells_what_the_layers_do(train_tiny: Train) -> None
         (["transfer=lora", f"{STAGE}.l2_sp=1"], "leave the pretrained weights as they are"),
         ([f"{STAGE}.augment={{flop:1}}"], "no key flop in .*: shift, flip"),
         ([f"{STAGE}.augment={{flip:2}}"], "augment.flip=2: must be a probability"),
-        ([f"{STAGE}.lora={{rank:0}}"], "lora.rank=0: must be a whole number above 0"),
+        ([f"{STAGE}.lora={{rank:0}}"], "lora.rank=0: must be a whole number from 1"),
         ([f"{STAGE}.ema=1"], "ema=1: must be a number of at least 0 and below 1"),
     ],
 )

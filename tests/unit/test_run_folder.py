@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 import subprocess
 from pathlib import Path
@@ -94,9 +95,11 @@ def test_the_peak_of_a_job_is_its_own() -> None:
     size = 300_000_000
     resources.reset_peak()
     before = resources.peak_memory()["memory_mb"]
-    held = bytearray(size)
+    held = mmap.mmap(-1, size)  # pages of its own: the heap may have some that were freed
+    for start in range(0, size, mmap.PAGESIZE):
+        held[start] = 1
     large = resources.peak_memory()["memory_mb"]
-    del held
+    held.close()
     assert resources.peak_memory()["memory_mb"] == pytest.approx(large, abs=10)  # not what is held
     resources.reset_peak()
     after = resources.peak_memory()["memory_mb"]
@@ -115,6 +118,21 @@ def test_a_resumed_run_keeps_the_larger_of_its_peaks(
     monkeypatch.setattr(
         resources, "peak_memory", lambda: {"memory_mb": next(peaks), "gpu_memory_mb": None}
     )
-    run.finish("preempted")
-    run.finish("done")
+    for status in ("preempted", "done"):
+        run.start()
+        run.finish(status)
     assert (run.record["memory_mb"], run.record["gpu_memory_mb"]) == (900.0, None)
+
+
+def test_a_runs_name_says_what_it_is_in_few_bytes() -> None:
+    """Time, name, experiment, overrides, seed; eighty Chinese letters are 240 bytes."""
+
+    def name(config: dict[str, object], *overrides: str, experiment: str | None = None) -> str:
+        return folder.run_name({"seed": 3, **config}, experiment, overrides).split("_", 2)[2]
+
+    assert name({}) == "default_seed3"
+    assert name({"name": "my try"}, "name=my try", "optimizer.lr=1e-3") == "my-try_lr-1e-3_seed3"
+    assert name({"name": 7}, experiment="quickstart") == "7_quickstart_seed3"
+    one, other = (name({}, f"data.root=/{'猫' * 80}{end}") for end in "ab")
+    assert one != other
+    assert max(len(word.encode()) for word in (one, other)) < 150

@@ -56,7 +56,8 @@ def test_length_is_what_iteration_yields() -> None:
     for size in (1, 7, 8, 9):
         for drop_last in (False, True):
             sampler = BatchOrder(size, 4, shuffle=True, drop_last=drop_last)
-            assert len(sampler) == len(list(sampler)) == (size // 4 if drop_last else -(-size // 4))
+            steps = size // 4 if drop_last else {1: 1, 7: 2, 8: 2, 9: 2}[size]  # 9: 4 and 5
+            assert len(sampler) == len(list(sampler)) == steps
 
 
 def test_an_epoch_longer_than_the_data_goes_through_it_again() -> None:

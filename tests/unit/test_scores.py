@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 from graft import scores
+from graft.runs.evaluate import details
 from graft.scores import Predictions
 
 
@@ -98,3 +102,41 @@ def test_the_same_seed_gives_the_same_interval_and_more_images_a_narrower_one() 
     few = Predictions.of(logits[:200], label[:200], torch.arange(200))
     assert (scores.intervals(p, 4)["nll"] == scores.intervals(p, 4)["nll"]).all()
     assert np.diff(scores.intervals(few, 4)["nll"]) > 2 * np.diff(scores.intervals(p, 4)["nll"])
+
+
+def made_of(label: list[int], prediction: list[int]) -> Predictions:
+    t, q = torch.tensor(label), torch.tensor(prediction)
+    return Predictions(torch.arange(len(t)), t, q, torch.full((len(t),), 0.5), torch.ones(len(t)))
+
+
+def test_a_class_of_which_nothing_is_recognised_is_named() -> None:
+    """95 % right, and the rare class never."""
+    p = made_of([0] * 19 + [1], [0] * 20)
+    assert scores.lowest_recall(p, ["often", "rare"]) == "0 % for 1 of 2 classes: rare (1 image)"
+    p = made_of([0, 0, 0, 1, 1], [0, 0, 0, 0, 1])
+    assert scores.lowest_recall(p, ["a", "b", "none"]) == "lowest 50.00 % for b (2 images)"
+
+
+def test_what_a_class_is_most_often_taken_for() -> None:
+    p = made_of([0, 0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 0, 2, 2])
+    assert scores.most_taken_for(p) == {0: (2, 2), 1: (0, 1)}
+
+
+def test_of_many_classes_those_with_mistakes_stay_and_the_rest_is_one() -> None:
+    p = made_of([0, 1, 2, 3, 3, 3], [0, 0, 2, 0, 1, 3])
+    few, kept = scores.merged(p, 4, 2)
+    assert kept == [3, 1]
+    assert scores.confusion_matrix(few, 3).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 2]]
+
+
+def test_five_thousand_classes_cost_no_square_of_them() -> None:
+    label = torch.randint(0, 5000, (2000,), generator=torch.Generator().manual_seed(0))
+    p = made_of(label.tolist(), label.roll(1).tolist())
+    tracemalloc.start()
+    scores.scores(p, 5000)
+    found = details(p, [f"class {i}" for i in range(5000)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500e6
+    assert found["confusion"] is None
+    assert len(json.dumps(found, indent=1)) < 2e6

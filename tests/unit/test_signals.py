@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from graft.signals import requeue
+from graft.transfer.last_checkpoint import restoring
+from graft.watch import Watch
 
 START = """
-import os, signal
+import os, signal, time
 from graft.signals import StopSignals
 with StopSignals().handled() as stop:
     stop.training = True
@@ -30,8 +35,83 @@ def test_the_first_signal_is_remembered_and_a_second_one_ends_the_process() -> N
     first = "os.kill(os.getpid(), signal.SIGUSR1); print(int(stop.received), flush=True)"
     once = run(first)
     assert (once.returncode, once.stdout) == (0, f"{int(signal.SIGUSR1)}\n")
-    twice = run(first, "os.kill(os.getpid(), signal.SIGTERM)", "print('still here')")
-    assert (twice.returncode, twice.stdout) == (-signal.SIGTERM, f"{int(signal.SIGUSR1)}\n")
+    twice = run(
+        first, "os.kill(os.getpid(), signal.SIGTERM)", "time.sleep(60); print('still here')"
+    )
+    assert (twice.returncode, twice.stdout) == (143, f"{int(signal.SIGUSR1)}\n")
+    assert twice.stderr == "graft: error: stopped by SIGTERM: at once, by a second signal\n"
+
+
+def test_one_signal_that_arrives_twice_is_one() -> None:
+    """`timeout` sends it to the process and to its group."""
+    send = "os.kill(os.getpid(), signal.SIGTERM)"
+    done = run(send, send, "time.sleep(2); print('still here')")
+    assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+def test_signals_that_others_handle_stop_nothing() -> None:
+    """torch's DataLoader looks after its workers by SIGCHLD."""
+    send = "os.kill(os.getpid(), signal.SIGCHLD)"
+    ignore = "signal.signal(signal.SIGCHLD, lambda *_: None)"
+    done = run(ignore, send, "time.sleep(1)", send, "time.sleep(1); print(int(stop.received))")
+    assert (done.returncode, done.stdout) == (0, "0\n")
+
+
+WAIT_FOR_EVER = """
+import ctypes, os, signal, subprocess, sys
+from types import SimpleNamespace
+from graft import watch
+from graft.signals import StopSignals
+kill = os.kill
+watch.ANSWER_SECONDS = 2
+watch.os = SimpleNamespace(**{**vars(os), "kill": lambda *of: of[1] == signal.SIGCONT or kill(*of)})
+stop = StopSignals(lambda status, reason: print(status, reason, flush=True))
+rank, signum = sys.argv[1:]
+with stop.handled():
+    if rank:
+        process = subprocess.Popen(["sh", "-c", rank])
+        stop.launchers.append(SimpleNamespace(procs=[process]))
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -{signum} {os.getpid()}"])
+    mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    for _ in range(2):  # the second time in vain, as a collective: in C, also when a signal comes
+        libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize(("rank", "signum", "code", "end"), [
+    ("", "TERM", 143, "preempted stopped by SIGTERM: it was waiting for other processes\n"),
+    ("exit 3", "0", 1, "failed rank 1 ended with exit code 3: see what it printed\n"),
+    ("exit 3", "INT", 130, "preempted stopped by SIGINT: rank 1 ended with exit code 3: see wh"),
+    ("kill -STOP $$", "TERM", 143, "preempted stopped by SIGTERM: rank 1 (process N) was stopped"),
+])  # fmt: skip
+def test_a_main_thread_that_waits_for_ever(rank: str, signum: str, code: int, end: str) -> None:
+    """The watch records why, and ends the process and its ranks."""
+    command = [sys.executable, "-c", WAIT_FOR_EVER, rank, signum]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code, done.stderr
+    assert re.sub(r"process \d+", "process N", done.stdout).startswith(end)
+
+
+def test_a_rank_that_was_stopped_for_long_has_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is continued when the signal comes; that it was stopped before does not count."""
+    stop: Any = SimpleNamespace(
+        record=print, lost_rank=lambda: None, name=lambda pid: "rank 1", ending=False, received=15,
+        training=True,
+    )  # fmt: skip
+    ended: list[str] = []
+    continued: list[int] = []
+    looker = Watch(stop)
+    monkeypatch.setattr(looker, "end", ended.append)
+    monkeypatch.setattr("graft.watch.stopped_child", lambda: 4711)
+    monkeypatch.setattr("graft.watch.os.kill", lambda pid, signum: continued.append(pid))
+    for _ in range(60):
+        looker.look()
+    assert not continued
+    looker.signum = signal.SIGTERM
+    while not ended:
+        looker.look()
+    assert continued == [4711] * 10
+    assert ended == ["rank 1 (process 4711) was stopped, and this run waited 69 s for it"]
 
 
 @pytest.mark.parametrize(("signum", "status"), [("SIGUSR1", 0), ("SIGTERM", -signal.SIGTERM)])
@@ -84,3 +164,17 @@ def test_a_job_that_may_not_be_requeued_is_reported(
     assert requeue(signal.SIGUSR1) == "SLURM does not requeue job 17: Job is not requeueable"
     monkeypatch.setenv("PATH", str(scontrol.parent / "nowhere"))
     assert "is not requeued" in str(requeue(signal.SIGUSR1))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("gloo: Connection closed by peer"), "^gloo: Connection closed by peer$"),
+        (KeyError("random"), r"^last\.ckpt cannot be resumed from \(KeyError: 'random'\)$"),
+    ],
+)
+def test_a_rank_lost_while_a_run_is_restored_is_no_fault_of_its_checkpoint(
+    error: Exception, message: str
+) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=message), restoring("last.ckpt"):
+        raise error

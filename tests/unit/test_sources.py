@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.unit.source_files import (
     RED,
     class_folders,
     corner,
+    px,
     read,
     save,
     together,
@@ -50,7 +52,7 @@ def test_a_replaced_file_is_read_again(root: Path, cache: Path) -> None:
     assert path.stat().st_size == before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(FileNotFoundError, match="changed since"):
-        ImageFolder(root, cache).load(32)
+        ImageFolder(root, cache).load(px(32))
     assert corner(read(source).train.images)[1] == (4, 5, 6)
     (root / "train/cat/0.png").unlink()
     assert len(read(source).train.labels) == 6
@@ -72,10 +74,15 @@ def test_a_torn_cache_is_built_again(
     source = ImageFolder(root, cache)
     expected = np.array(read(source).train.images)
     [images] = cache.glob("*/train-images.npy")
-    for damage in (truncate, Path.unlink, lambda p: (p.parent / "entry.json").write_text("{")):
+    text = (images.parent / "entry.json").read_text()
+    wrong = ("{", "[]", "5", '{"classes": 1, "files": []}', text.replace("24", "25"))
+    rewritten = [lambda p, t=t: (p.parent / "entry.json").write_text(t) for t in wrong]
+    header = [lambda p: p.write_bytes(p.read_bytes().replace(b"|u1", b"|i1"))]
+    damages: list[Callable[[Path], Any]] = [truncate, Path.unlink, *rewritten, *header]
+    for damage in damages:
         damage(images)
         with pytest.raises(FileNotFoundError):
-            source.load(32)
+            source.load(px(32))
         np.testing.assert_array_equal(read(source).train.images, expected)
 
 
@@ -91,10 +98,10 @@ def test_a_killed_build_leaves_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr("graft.data.folder.decode_batch", die)
-        assert together(lambda: source.prepare(32), 1) == [-signal.SIGKILL]
+        assert together(lambda: source.prepare(px(32)), 1) == [-signal.SIGKILL]
     assert list(cache.glob("*.partial/train-images.npy"))
     with pytest.raises(FileNotFoundError, match="not decoded"):
-        source.load(32)
+        source.load(px(32))
     assert len(read(source).train.labels) == 6
     assert not list(cache.glob("*.partial"))
 
@@ -155,7 +162,7 @@ def test_digits_show_what_scikit_learn_has() -> None:
     theirs, ours = load_digits(), np.loadtxt(FILE, delimiter=",")
     np.testing.assert_array_equal(ours[:, :64], theirs.data)
     np.testing.assert_array_equal(ours[:, 64], theirs.target)
-    splits = Digits().load(32)
+    splits = Digits().load(px(32))
     assert splits.test is not None
     assert splits.classes == [str(name) for name in theirs.target_names]
     assert (len(splits.train.labels), len(splits.test.labels)) == (1198, 599)
@@ -165,7 +172,7 @@ def test_digits_show_what_scikit_learn_has() -> None:
 
 
 def test_synthetic_seed_and_arguments() -> None:
-    one, two = Synthetic(seed=0).load(1).train, Synthetic(seed=1).load(1).train
+    one, two = Synthetic(seed=0).load(px(1)).train, Synthetic(seed=1).load(px(1)).train
     assert not np.array_equal(one.images, two.images)
     with pytest.raises(ValueError, match="2 classes or more"):
         Synthetic(classes=1)

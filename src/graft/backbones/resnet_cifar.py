@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.backbones.base import Backbone, Preprocessing
-from graft.backbones.weights import load_into
+from graft.backbones.weights import WeightsFile, load_file_into
 
 # Mean and standard deviation of the CIFAR-10 training images.
 CIFAR10_PREPROCESSING = Preprocessing(
-    resize_size=32, crop_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    resize_size=32,
+    crop_size=32,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    origin="with mean and deviation of CIFAR-10",
 )
 EMBEDDED = Path(__file__).parent / "pretrained" / "resnet20_cifar10.safetensors"
 
@@ -55,7 +59,8 @@ def resnet_cifar(
     """ResNet of `depth` = 6n + 2 layers with `width`, 2 `width`, 4 `width` channels.
 
     Args:
-        weights: "CIFAR10" for the weights in this package (ResNet-20 only), a file, or None.
+        weights: "CIFAR10" for the weights in this package (ResNet-20 only), a file, a run folder
+            of ours, or None.
         pretrained: False doesn't read them: for a checkpoint that is loaded next.
 
     Raises:
@@ -83,8 +88,18 @@ def resnet_cifar(
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     made_of = f"weights {weights}" if weights is not None else "random weights"
-    description = f"ResNet-{depth} for 32 px, {made_of}"
-    backbone = Backbone(blocks, CIFAR10_PREPROCESSING, taps=taps, description=description)
+    file = None
     if weights is not None and pretrained:
-        load_into(backbone, EMBEDDED if weights == "CIFAR10" else weights)
+        file = WeightsFile.read(EMBEDDED if weights == "CIFAR10" else weights)
+    backbone = Backbone(
+        blocks,
+        (file.preprocessing if file else None) or CIFAR10_PREPROCESSING,
+        taps=taps,
+        description=f"ResNet-{depth} for 32 px, {made_of}",
+        weights=weights or "",
+    )
+    if file is not None:
+        label = f"ResNet-{depth}"
+        taken = load_file_into(file, [(backbone, backbone.unused_keys)], label=label)
+        backbone.taken = taken if weights != "CIFAR10" else ""
     return backbone

@@ -9,21 +9,23 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from graft.backbones.base import (
     Backbone,
+    CropMode,
     FixedSize,
+    Interpolation,
     Preprocessing,
     pool_nchw,
     pool_nhwc,
     pool_tokens,
 )
-from graft.backbones.weights import is_file_name, load_state, read_weights
+from graft.backbones.weights import WeightsFile, describe_origin, load_file_into
+from graft.overrides import is_weights_path
 
 Blocks = dict[str, nn.Module]
 
@@ -93,7 +95,8 @@ def _convnet(model: Any) -> Blocks:
 
 
 def _vision_transformer(model: Any) -> Blocks:
-    model = copy.deepcopy(model)
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared)
     layers = {f"layer{i}": layer for i, layer in enumerate(model.blocks, 1)}
     pool = TokenPool(model.global_pool, model.num_prefix_tokens)
     last = nn.Sequential(model.norm, pool, model.fc_norm)
@@ -135,12 +138,12 @@ def timm_backbone(
 
     Convnets and ViTs come apart into blocks; anything whose blocks, put together again, don't
     give the model's own features becomes a single block, which can only be frozen as a whole.
-    Preprocessing is a central crop; timm's `squash` and `border` crops are not imitated.
+    Preprocessing is timm's own; what few models of it want and we lack is refused by name.
 
     Args:
         model: timm's name, with a tag if wanted ("vit_small_patch16_224.augreg_in21k").
         weights: "DEFAULT" or true (those of the tag in `model`, or timm's first), a tag, a file
-            (timm's layout or ours), or None for random weights.
+            (timm's layout or ours), a run folder of ours, or None for random weights.
         pretrained: False takes architecture and preprocessing from `weights`, and neither
             downloads nor reads them: for a checkpoint that is loaded next.
         taps: see `Backbone`.
@@ -161,33 +164,39 @@ def timm_backbone(
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f": did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"backbone.model: timm has no model {name}{hint}")
-    state = None
-    is_file = isinstance(weights, str) and is_file_name(weights)
-    if isinstance(weights, str) and is_file:
-        state = read_weights(Path(weights)) if pretrained else None
-    elif isinstance(weights, str) and weights != "DEFAULT":
-        tag = weights
-    published = bool(weights) and not is_file
+    if (channels := kwargs.get("in_chans", 3)) != 3:
+        raise ValueError(
+            f"backbone.in_chans={channels}: images here have 3 channels, grey ones three equal ones"
+        )
     tags = [
         n.partition(".")[2] for n in timm.list_pretrained(f"{name}*") if n.split(".")[0] == name
     ]
+    file = None
+    own_name = isinstance(weights, str) and weights not in ("DEFAULT", *tags)
+    is_file = isinstance(weights, str) and own_name and is_weights_path(weights)
+    if isinstance(weights, str) and is_file:
+        file = WeightsFile.read(weights) if pretrained else None
+    elif isinstance(weights, str) and weights != "DEFAULT":
+        tag = weights
+    published = bool(weights) and not is_file
     if (tag and tag not in tags) or (published and not tags):
         raise ValueError(
             f"backbone.weights={tag or weights}: {name} has {', '.join(tags) or 'none'}; or give "
-            "a .pth or .safetensors file, or null"
+            "a .pth or .safetensors file, a run folder, or null"
         )
     full_name = f"{name}.{tag}" if tag else name
     load = published and pretrained
     with _hub(full_name, load):
         built: Any = timm.create_model(full_name, pretrained=load, num_classes=0, **kwargs)
-    ours = state is not None and all(key.startswith("blocks.") for key in state)
-    if state is not None and not ours:
-        classifier = built.pretrained_cfg.get("classifier") or ()
-        names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        optional = tuple(f"{n}." for n in names)
-        load_state(built, state, source=str(weights), optional=optional, label=full_name)
-
     data = resolve_model_data_config(built)
+    for key, known in (("interpolation", Interpolation), ("crop_mode", CropMode)):
+        if data[key] not in get_args(known):
+            raise ValueError(
+                f"backbone.model={model}: its images want {key} {data[key]}, which is not among "
+                f"{', '.join(get_args(known))}"
+            )
+    if len({*data["input_size"][1:]}) > 1:
+        raise ValueError(f"backbone.model={model}: its images are not square: {data['input_size']}")
     embed = getattr(built, "patch_embed", None)
     fixed = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
     size = fixed[0] if fixed else data["input_size"][-1]
@@ -196,24 +205,35 @@ def timm_backbone(
         first = next(iter(blocks))
         blocks[first] = nn.Sequential(FixedSize(size), blocks[first])
     nhwc = getattr(built, "output_fmt", "NCHW") == "NHWC"
-    used = built.pretrained_cfg.get("tag") or "DEFAULT" if published else weights
+    default = built.pretrained_cfg.get("tag") or "DEFAULT"
+    used = default if published else weights
+    origin = describe_origin(
+        f"{name}.{default}", str(weights) if weights else None, known=published
+    )
     backbone = Backbone(
         blocks,
-        Preprocessing(
+        (file.preprocessing if file else None)
+        or Preprocessing(
             resize_size=math.floor(size / data["crop_pct"]),  # as timm's own transform rounds
             crop_size=size,
             mean=data["mean"],
             std=data["std"],
-            interpolation="bicubic" if data["interpolation"] == "bicubic" else "bilinear",
+            interpolation=data["interpolation"],
+            crop_mode=data["crop_mode"],
+            origin=origin,
         ),
         taps=taps,
         pool=_pool_channels_last if nhwc else _pool,
         channels_last=any(isinstance(m, nn.BatchNorm2d) for m in built.modules()),
         probe_size=size,
         description=f"timm {name}, {f'weights {used}' if used else 'random weights'}",
+        weights=f"timm {name} {used}" if published else str(weights or ""),
     )
-    if state is not None and ours:
-        load_state(backbone, state, source=str(weights), label=full_name)
+    if file is not None:
+        classifier = built.pretrained_cfg.get("classifier") or ()
+        names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        layouts = [(built, tuple(f"{n}." for n in names)), (backbone, backbone.unused_keys)]
+        backbone.taken = load_file_into(file, layouts, label=full_name)
     return backbone
 
 

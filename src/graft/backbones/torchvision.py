@@ -7,15 +7,17 @@ input of the original classifier. It knows the family's attributes, not its mode
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.hub import HASH_REGEX
 from torchvision import models
 
 from graft.backbones.base import (
@@ -26,7 +28,8 @@ from graft.backbones.base import (
     pool_nhwc,
     pool_tokens,
 )
-from graft.backbones.weights import is_file_name, load_state, read_weights
+from graft.backbones.weights import WeightsFile, describe_origin, load_file_into
+from graft.overrides import is_weights_path
 
 Blocks = dict[str, nn.Module]
 
@@ -167,8 +170,8 @@ def torchvision_backbone(
 
     Args:
         model: torchvision's name, for instance "resnet50".
-        weights: name of an entry of its weights enum ("IMAGENET1K_V1", "DEFAULT"), a `.pth` or
-            `.safetensors` file (torchvision's layout or ours), or None for random weights.
+        weights: name of an entry of its weights enum ("IMAGENET1K_V1", "DEFAULT"), a file
+            (torchvision's layout or ours), a run folder of ours, or None for random weights.
         pretrained: False takes architecture and preprocessing from `weights`, and neither
             downloads nor reads them: for a checkpoint that is loaded next.
         taps: see `Backbone`.
@@ -187,66 +190,94 @@ def torchvision_backbone(
         known = ", ".join(FAMILIES)
         raise ValueError(f"backbone.model={model}: no adapter for its family; there are {known}")
     entries = models.get_model_weights(model)
-    is_file = weights is not None and is_file_name(weights)
+    own_name = weights is not None and weights not in entries.__members__
+    is_file = weights is not None and own_name and is_weights_path(weights)
     if weights is not None and not is_file and weights not in entries.__members__:
         raise ValueError(
             f"backbone.weights={weights}: {model} has {', '.join(entries.__members__)}; or give "
-            "a .pth or .safetensors file, or null"
+            "a .pth or .safetensors file, a run folder, or null"
         )
     entry = None if weights is None or is_file else entries[weights]
-    state = read_weights(Path(weights)) if weights is not None and is_file and pretrained else None
-    ours = state is not None and all(key.startswith("blocks.") for key in state)
-    if pretrained:
-        original = _build(model, entry, **kwargs)
-    else:
-        if entry is not None and family == "vision_transformer":  # as its builder does
-            kwargs["image_size"] = entry.meta["min_size"][0]
-        original = models.get_model(model, weights=None, **kwargs)
-    if state is not None and not ours:
-        # Only the last layer may differ: `classifier` of VGG or MobileNetV3 holds features too.
-        last = [n for n, m in original.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
-        state = {_DENSENET_OLD.sub(r"\1\2.", key): value for key, value in state.items()}
-        load_state(original, state, source=str(weights), optional=(f"{last}.",), label=model)
+    file, note = None, ""
+    if pretrained and entry is not None:
+        file, note = _published(model, entry)
+    elif pretrained and weights is not None:
+        file = WeightsFile.read(weights)
+    if entry is not None and family == "vision_transformer":  # as its builder does
+        kwargs["image_size"] = entry.meta["min_size"][0]
+    original = models.get_model(model, weights=None, **kwargs)
 
     take_apart, pool = FAMILIES[family]
     size = getattr(original, "image_size", None)  # ViT: of what entry are our weights a stand-in?
     alike = [e for e in entries if size in (None, e.transforms().crop_size[0])]
-    transform = (entry or next(iter(alike), entries["DEFAULT"])).transforms()
+    stands_for = entry or next(iter(alike), entries["DEFAULT"])
     backbone = Backbone(
         take_apart(original),
-        Preprocessing(
-            resize_size=transform.resize_size[0],
-            crop_size=transform.crop_size[0],
-            mean=tuple(transform.mean),
-            std=tuple(transform.std),
-            interpolation=transform.interpolation.value,
-        ),
+        (file.preprocessing if file else None) or _preprocessing(stands_for, weights, entry),
         taps=taps,
         pool=pool,
         channels_last=pool is pool_nchw,
         probe_size=size or 64,
         description=f"{model}, "
-        + (f"weights {entry.name if entry else weights}" if weights else "random weights"),
+        + (f"weights {entry.name if entry else weights}{note}" if weights else "random weights"),
+        weights=f"torchvision {model} {entry.name}{note}" if entry else weights or "",
     )
-    if state is not None and ours:
-        load_state(backbone, state, source=str(weights), label=model)
+    if file is not None:
+        # Only the last layer may differ: `classifier` of VGG or MobileNetV3 holds features too.
+        last = [n for n, m in original.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+        taken = load_file_into(
+            file,
+            [(original, (f"{last}.",)), (backbone, backbone.unused_keys)],
+            label=model,
+            rename=partial(_DENSENET_OLD.sub, r"\1\2.") if family == "densenet" else str,
+        )
+        backbone.taken = taken if entry is None else ""
     return backbone
+
+
+def _preprocessing(
+    entry: models.WeightsEnum, weights: str | None, named: models.WeightsEnum | None
+) -> Preprocessing:
+    transform = entry.transforms()
+    return Preprocessing(
+        resize_size=transform.resize_size[0],
+        crop_size=transform.crop_size[0],
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        interpolation=transform.interpolation.value,
+        origin=describe_origin(entry.name, weights, known=named is not None),
+    )
 
 
 # The files that torchvision publishes for DenseNet say norm.1 where its modules say norm1.
 _DENSENET_OLD = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 
-def _build(model: str, entry: models.WeightsEnum | None, **kwargs: Any) -> nn.Module:
-    if entry is None:
-        return models.get_model(model, weights=None, **kwargs)
+def _published(model: str, entry: models.WeightsEnum) -> tuple[WeightsFile, str]:
+    """The file of an entry, downloaded if it is not there; a note if it is another one.
+
+    Not torchvision's own reader: it unpickles whatever file has the right name.
+    """
+    name = entry.url.rsplit("/", 1)[-1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    digest = HASH_REGEX.search(name)
+    wanted = digest[1] if digest else ""
+    note = ""
     try:
-        return models.get_model(model, weights=entry, progress=sys.stderr.isatty(), **kwargs)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # the last three: torn file
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(
+                entry.url, str(path), wanted or None, progress=sys.stderr.isatty()
+            )
+        else:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if not found.startswith(wanted):
+                note = f" (another file than the published one: its sha256 is {found[:8]}...)"
+        return WeightsFile.read(path), note
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
             f"the weights {entry.name} of {model} could not be downloaded or read ({reason}): put "
-            f"{entry.url.rsplit('/', 1)[-1]} into {folder} (or set TORCH_HOME), or use "
-            "backbone.weights=FILE or null"
+            f"{name} into {path.parent} (or set TORCH_HOME), or use backbone.weights=FILE or null"
         ) from error

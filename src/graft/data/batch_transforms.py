@@ -126,8 +126,9 @@ def _shifted(size: int, fraction: float, u: Tensor) -> Tensor:
 class Prepare:
     """uint8 images to what the backbone expects: resize, central crop, normalise.
 
-    The resize is torch's antialiased `interpolate`, or that as two small matrix products where
-    these are faster: its matrices are `interpolate` applied to the identity.
+    The resize is torch's antialiased `interpolate` of bytes, which gives what Pillow gives to a
+    grey level, or two small matrix products where these are faster: their matrices are
+    `interpolate` applied to the identity.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -161,24 +162,28 @@ class Prepare:
     def _resize(self, images: Tensor, out: Tensor) -> None:
         p = self.preprocessing
         height, width = images.shape[2:]
-        shorter = min(height, width)
-        resized = [int(p.resize_size * side / shorter) for side in (height, width)]
+        resized = p.resized(height, width)
         if p.crop_size > min(resized):
             raise ValueError(
                 f"crop of {p.crop_size} px from an image resized to {min(resized)} px: must fit"
             )
-        top, left = (round((side - p.crop_size) / 2) for side in resized)
+        top, left = (p.crop_start(side) for side in resized)
         crop = (..., slice(top, top + p.crop_size), slice(left, left + p.crop_size))
-        if resized == [height, width]:
+        mode, device = p.interpolation, images.device
+        if resized == (height, width):
             out[:] = self._normalised(images[crop])
-        elif _sparse(images):
-            x = self._normalised(images)
-            out[:] = F.interpolate(x, size=resized, mode=p.interpolation, antialias=True)[crop]
+        elif _as_bytes(images, mode):
+            x = images.contiguous(memory_format=torch.channels_last)
+            x = F.interpolate(x, size=resized, mode=mode, antialias=True)
+            out[:] = self._normalised(x[crop])
         else:
-            mode, device = p.interpolation, images.device
             rows = row_bands(height, resized[0], (top, top + p.crop_size), mode, device)
             columns = resize_matrix(width, resized[1], mode, device)[crop[2]]
-            _products(rows, self._normalised(images), columns, out)
+            if mode == "bilinear":
+                _products(rows, self._normalised(images), columns, out)
+            else:  # overshoots: without Pillow's clipping it would be 20 grey levels off
+                _products(rows, images.float(), columns, out, clip=True)
+                out.copy_(self._normalised(out))
 
     def _resize_boxes(self, images: Tensor, boxes: Tensor, out: Tensor) -> None:
         size, mode = self.preprocessing.crop_size, self.preprocessing.interpolation
@@ -203,14 +208,28 @@ Band = tuple[slice, slice, Tensor]
 """Rows of a matrix, the columns in which they are not zero, and what is there."""
 
 
-def _products(rows: Sequence[Band], images: Tensor, columns: Tensor, out: Tensor) -> None:
+def _products(
+    rows: Sequence[Band], images: Tensor, columns: Tensor, out: Tensor, *, clip: bool = False
+) -> None:
     """rows @ images @ columns.T. Channels move to the end in between, where it is a third of the
     work, so that the second product writes `out` as it lies in memory.
+
+    Args:
+        clip: both products give whole numbers from 0 to 255, as in Pillow.
     """
-    wide = (images @ columns.mT).permute(0, 2, 3, 1).flatten(2)
+    wide = images @ columns.mT
+    if clip:
+        wide.round_().clamp_(0, 255)
+    wide = wide.permute(0, 2, 3, 1).flatten(2)
     lines = out.permute(0, 2, 3, 1).flatten(2)
     for written, read, band in rows:
         torch.matmul(band, wide[:, read], out=lines[:, written])
+    if clip:
+        out.round_().clamp_(0, 255)
+
+
+def _as_bytes(images: Tensor, mode: Interpolation) -> bool:
+    return _sparse(images) or (images.device.type == "cpu" and mode == "bicubic")
 
 
 def _sparse(images: Tensor) -> bool:

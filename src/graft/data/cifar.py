@@ -16,14 +16,17 @@ import numpy as np
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
+from graft.backbones.base import Preprocessing
 from graft.data.folder import ImageFolder
 from graft.data.source import (
     NpyWriter,
     Source,
     Splits,
+    content_digest,
     locked,
     open_entry,
     read_entry,
+    save_items,
     seal,
     writing,
 )
@@ -31,7 +34,8 @@ from graft.data.source import (
 log = logging.getLogger(__name__)
 
 SIDE = 32
-FORMAT = 1  # raise it when the same archive would be stored as other pixels
+AS_THEY_ARE = Preprocessing(SIDE, SIDE)
+FORMAT = 2  # raise it when the same archive would be stored as other pixels
 
 
 class Cifar10(Source):
@@ -63,17 +67,17 @@ class Cifar10(Source):
         self.download = download
         self.folders = ImageFolder(root, cache, on_error)
 
-    def prepare(self, size: int) -> None:
+    def prepare(self, preprocessing: Preprocessing) -> None:
         if self._has_folders():
-            self.folders.prepare(SIDE)
+            self.folders.prepare(AS_THEY_ARE)
         elif read_entry(self._entry()) is None:
             with locked(self.cache / f"{self._entry().name}.lock"):
                 # Another process may have built it while this one waited.
                 if read_entry(self._entry()) is None:
                     self._build()
 
-    def load(self, size: int) -> Splits:
-        return self.folders.load(SIDE) if self._has_folders() else open_entry(self._entry())
+    def load(self, preprocessing: Preprocessing) -> Splits:
+        return self.folders.load(AS_THEY_ARE) if self._has_folders() else open_entry(self._entry())
 
     def _has_folders(self) -> bool:
         return (self.root / "train").is_dir()
@@ -96,14 +100,15 @@ class Cifar10(Source):
                 ("train", self.official.train_list),
                 ("test", self.official.test_list),
             ):
-                with (
-                    NpyWriter(folder / f"{split}-images.npy", (3, SIDE, SIDE), np.uint8) as images,
-                    NpyWriter(folder / f"{split}-labels.npy", (), np.int64) as labels,
-                ):
+                labels: list[int] = []
+                digests: list[int] = []
+                with NpyWriter(folder / f"{split}-images.npy", (3, SIDE, SIDE), np.uint8) as images:
                     for name, _ in batches:
                         batch = pickle.loads(files.pop(name), encoding="latin1")
                         images.append(batch["data"].reshape(-1, 3, SIDE, SIDE))
-                        labels.append(np.array(batch["labels"], dtype=np.int64))
+                        digests += map(content_digest, batch["data"])
+                        labels += batch["labels"]
+                save_items(folder, split, labels, digests)
             seal(folder, meta[self.official.meta["key"]])
 
     def _read(self) -> dict[str, bytes]:

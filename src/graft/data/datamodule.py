@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -16,12 +17,16 @@ from graft.backbones.base import Preprocessing
 from graft.data.batch_transforms import Augment, Prepare
 from graft.data.datasets import Batch, FeatureDataset, ImageDataset, drawn_view, views_count
 from graft.data.features import StoredFeatures, images_digest
+from graft.data.items import SplitRecord
 from graft.data.loaders import Batches, whole_batches
 from graft.data.resident import ResidentDataset, resides
 from graft.data.sample_transform import SampleTransformed, WithEpoch
 from graft.data.sampler import BatchOrder
 from graft.data.source import Source
-from graft.data.splits import draw_splits
+from graft.data.splits import check_splits, draw_splits
+
+FEW_STEPS = 8
+"""Below that many steps an epoch is too short to train on, and a note says so."""
 
 
 class TransferDataModule(L.LightningDataModule):
@@ -29,6 +34,7 @@ class TransferDataModule(L.LightningDataModule):
 
     Args:
         source: where images and labels come from.
+        batch_size: of training images; None: see `batch_size_for`.
         preprocessing: the backbone's; `image_size`, `resize_size` override it.
         image_size: side in px of the images the backbone gets. None takes the weights' own resize
             and crop; a number resizes the whole image to it, without a crop.
@@ -45,6 +51,7 @@ class TransferDataModule(L.LightningDataModule):
             gone through several times, many in parts. So runs on different numbers of labels train
             equally long.
         seed: the run's seed: order of the data and augmentation.
+        recorded: the items of each split, of a run that has begun; None: they are drawn.
         drop_last: leave out a smaller last training batch (the next epoch draws anew).
         reshuffle: draw the order of the training images anew in every epoch.
     """
@@ -54,7 +61,7 @@ class TransferDataModule(L.LightningDataModule):
         source: Source,
         preprocessing: Preprocessing,
         *,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         eval_batch_size: int = 256,
         image_size: int | None = None,
         resize_size: int | None = None,
@@ -73,6 +80,7 @@ class TransferDataModule(L.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         seed: int = 0,
+        recorded: SplitRecord | None = None,
     ) -> None:
         super().__init__()
         if train_fraction != 1.0 and shots_per_class is not None:
@@ -82,12 +90,15 @@ class TransferDataModule(L.LightningDataModule):
         self.source = source
         self.own_preprocessing = self.preprocessing = preprocessing.at(image_size, resize_size)
         self.prepare_images = Prepare(self.preprocessing)
-        self.stored_size = max(self.preprocessing.resize_size, *stage_sizes, 0)
+        # Stages with sizes of their own resize what is stored, so that is the largest.
+        forms = (self.preprocessing, *map(self.preprocessing.at, stage_sizes))
+        self.stored = max(forms, key=lambda form: form.resize_size)
         self.augment = augment
         self.sample_transform = sample_transform
         self.resident = resident
         self.residents: dict[str, ResidentDataset] = {}
-        self.batch_size = batch_size
+        self.processes = 1  # `build` knows how many; each has batches of `batch_size`
+        self.batch_size = batch_size or 0  # 0: `setup` knows how many images there are
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
@@ -100,6 +111,8 @@ class TransferDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.seed = seed
+        self.recorded = recorded
+        self.changes: dict[str, str] = {}  # by split, what has changed since it was recorded
         self.stage_index = 0
         self.stage_augments = True
         self.stage_augment = augment
@@ -108,6 +121,7 @@ class TransferDataModule(L.LightningDataModule):
         self.digests: dict[str, str] = {}
         self.splits: dict[str, ImageDataset] = {}
         self.classes: list[str] = []
+        self.value_range: tuple[float, float] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -116,12 +130,20 @@ class TransferDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         if self.splits:  # every stage's trainer asks again
             return
-        self.source.prepare(self.stored_size)
+        self.source.prepare(self.stored)
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
-        loaded = self.source.load(self.stored_size)
+        loaded = self.loaded = self.source.load(self.stored)
+        check_splits(loaded, type(self.source).__name__)
+        self.value_range = loaded.value_range
+        if self.recorded is not None:
+            self.classes = self.recorded.classes
+            self.splits, self.changes = self.recorded.find(loaded)
+            images = self.epoch_images or len(self.splits["train"])
+            self.batch_size = self.batch_size or batch_size_for(max(1, images // self.processes))
+            return
         self.classes = loaded.classes
         splits = draw_splits(
             loaded,
@@ -132,12 +154,59 @@ class TransferDataModule(L.LightningDataModule):
             shots_per_class=self.shots_per_class,
         )
         images = self.epoch_images or len(splits["train"])
+        self.batch_size = self.batch_size or batch_size_for(max(1, images // self.processes))
         if self.batch_size > images:
             raise ValueError(
                 f"data.batch_size={self.batch_size} is larger than the {images} training images of "
                 f"an epoch: set data.batch_size to {images} or less"
             )
         self.splits = splits
+
+    def notes(self, *, steps: bool) -> Iterator[str]:
+        """What a user should know of the training images.
+
+        Args:
+            steps: whether they are trained on in steps, not solved for.
+        """
+        train = self.splits["train"]
+        if absent := sorted({*range(self.num_classes)} - {*train.labels.tolist()}):
+            names = few([self.classes[label] for label in absent])
+            yield f"no training images of {len(absent)} of {self.num_classes} classes: {names}"
+        images = self.epoch_images or len(train)
+        images = max(1, images // self.processes)  # a batch is of one process
+        count, left = divmod(images, self.batch_size)
+        if not steps or count >= FEW_STEPS:
+            return
+        share = " of each process" if self.processes > 1 else ""
+        unused = (
+            f" and leaves out {left} of {images} images{share}" if left and self.drop_last else ""
+        )
+        count += bool(left and not self.drop_last)
+        better = batch_size_for(images)
+        hint = (
+            f"; data.batch_size={better} has {images // better}" if better < self.batch_size else ""
+        )
+        yield f"an epoch has {count} {'step' if count == 1 else 'steps'}{unused}{hint}"
+
+    def record(self) -> SplitRecord:
+        """The items of each split."""
+        return self.recorded or SplitRecord.of(self.loaded, self.splits)
+
+    def number_classes(self, names: Sequence[str]) -> None:
+        """Let labels of the test images count these classes, a run's, in its order.
+
+        Raises:
+            ValueError: there are others.
+        """
+        if unknown := [name for name in self.classes if name not in names]:
+            raise ValueError(
+                f"the data has classes that the run does not know: {few(unknown)}; it knows "
+                f"{few(names)}"
+            )
+        test = copy.copy(self.splits["test"])
+        test.labels = np.array([names.index(name) for name in self.classes])[test.labels]
+        self.classes = list(names)
+        self.replace_test(test)
 
     def replace_test(self, dataset: ImageDataset) -> None:
         """Put other images in place of the test split, and drop what was derived from the old."""
@@ -298,3 +367,16 @@ class TransferDataModule(L.LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Sizes for the start-up summary."""
         return {name: len(split) for name, split in self.splits.items()}
+
+
+def batch_size_for(images: int) -> int:
+    """128, or the power of two down to 8 that gives an epoch of so many images enough steps.
+
+    In a handful of steps the running statistics of BatchNorm do not follow the weights.
+    """
+    return next((size for size in (128, 64, 32, 16) if size * FEW_STEPS <= images), min(8, images))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from graft.data.draws import VIEW, uniform
 from graft.data.features import StoredFeatures
 from graft.data.sampler import Positions
-from graft.data.source import Split
+from graft.data.source import Split, rows_of
 
 Batch = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class ImageDataset(Dataset[Batch]):
     """
 
     def __init__(self, split: Split, rows: np.ndarray | None = None) -> None:
-        self.images = split.images
+        self.split, self.images = split, split.images
         self.rows = np.arange(len(split.labels)) if rows is None else rows
         self.labels = split.labels[self.rows]
 
@@ -46,7 +46,7 @@ class ImageDataset(Dataset[Batch]):
     def __getitem__(self, positions: Positions) -> Batch:
         at = np.asarray(positions) % len(self)
         return {
-            "image": torch.from_numpy(np.asarray(self.images[self.rows[at]])),
+            "image": torch.from_numpy(np.asarray(rows_of(self.images, self.rows[at]))),
             "label": torch.from_numpy(self.labels[at]),
             "index": torch.as_tensor(positions),
         }

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from graft.backbones.base import Preprocessing
 from graft.data.source import Source, Split, Splits
 from graft.data.subset import stratified_split
 
@@ -25,7 +26,7 @@ class Digits(Source):
     The set has no official test split; a fixed, stratified third serves as one.
     """
 
-    def load(self, size: int) -> Splits:
+    def load(self, preprocessing: Preprocessing) -> Splits:
         table = np.loadtxt(FILE, delimiter=",")
         images = np.stack([_enlarge(pixels.reshape(8, 8)) for pixels in table[:, :64]])
         labels = table[:, 64].astype(np.int64)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graft.data.shards import ShardedRows
+from graft.data.source import rows_of
 
 IN_MEMORY_BYTES = 1 << 30  # larger features are read row by row
 DEVICE_SHARE = 0.25  # of free GPU memory that features may take
@@ -72,7 +73,17 @@ def images_digest(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> str:
     """SHA-256 of the chosen images' shape and pixels, in their order."""
     digest = hashlib.sha256(repr(images.shape[1:]).encode())
     for start in range(0, len(rows), 2048):
-        digest.update(np.ascontiguousarray(images[rows[start : start + 2048]]).data)
+        digest.update(np.ascontiguousarray(rows_of(images, rows[start : start + 2048])).data)
+    return digest.hexdigest()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -82,10 +93,7 @@ def module_digest(module: nn.Module) -> str:
     for name, part in module.named_modules():
         plain = {k: v for k, v in sorted(vars(part).items()) if _is_plain(k, v)}
         digest.update(f"{name} {plain}".encode())
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(weights_digest(module).encode())
     for kind in sorted({type(m) for m in module.modules()}, key=lambda k: k.__qualname__):
         if not kind.__module__.startswith("torch."):  # torch's own code is known by its version
             digest.update(source_of(kind).encode())

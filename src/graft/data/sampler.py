@@ -17,6 +17,8 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
     Training (`shuffle=True`): every epoch is a permutation drawn from (seed, epoch) alone. Batch i
     of all ranks together is what batch i of a single process with `world_size` times the batch
     size would be. Ranks get equally many batches, the remainder is left to the next epoch's draw.
+    Without `drop_last` the end may differ: an image that a rank has left over, alone, joins the
+    batch before, and a single process has one more batch of as many images as there are ranks.
 
     An epoch may also be longer or shorter than the data (`epoch_size`): it is then the next so many
     of an endless row of such permutations. Where it comes back to an example, the position has
@@ -57,7 +59,10 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
 
     def __len__(self) -> int:
         share = self._share()
-        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+        whole, left = divmod(share, self.batch_size)
+        # BatchNorm can't train on a single image: the batch before takes it too.
+        joined = self.shuffle and left == 1 and whole > 0
+        return whole + (left > 0 and not self.drop_last and not joined)
 
     def _share(self) -> int:
         if self.shuffle:
@@ -69,9 +74,13 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
         if self.shuffle:
             order = self._drawn(self.epoch() * self.epoch_size)
         mine = order[self.rank :: self.world_size][: self._share()]
-        size = self.batch_size
+        size, last = self.batch_size, len(self) - 1
+        end = size * len(self) if self.drop_last else len(mine)
         # Not `yield` in here: that would ask for the place at the first batch, not now.
-        return (mine[i * size : (i + 1) * size] for i in range(self.first(), len(self)))
+        return (
+            mine[i * size : end if i == last else (i + 1) * size]
+            for i in range(self.first(), len(self))
+        )
 
     def _drawn(self, start: int) -> NDArray[np.int64]:
         """An epoch of the endless row, from `start` on."""

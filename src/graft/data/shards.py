@@ -7,7 +7,6 @@ build that was killed goes on with the shards it lacks.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -22,6 +21,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from graft.data.source import NpyWriter, locked
+from graft.disk import readable
+from graft.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,11 @@ class ShardedRows:
     def known_shape(path: Path) -> tuple[int, ...] | None:
         """The row shape of what is in the folder, if anything is."""
         try:
-            return tuple(json.loads((path / "about.json").read_text(encoding="utf-8"))["row_shape"])
+            shape = read_json(path / "about.json")["row_shape"]
         except (OSError, ValueError, KeyError):
             return None
+        whole = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+        return tuple(shape) if whole else None
 
     @property
     def bytes(self) -> int:
@@ -167,7 +170,7 @@ class ShardedRows:
         if shard not in self._checked:
             for path in sorted(self.path.glob(f"{shard:05d}-*.npy")):
                 try:
-                    whole = is_whole(path)
+                    whole = is_whole(path) and self._fits(path, shard)
                 except FileNotFoundError:  # another process is replacing it
                     continue
                 if whole:
@@ -175,6 +178,12 @@ class ShardedRows:
                     break
                 log.warning("%s is damaged and will be computed again", path)
         return self._checked.get(shard)
+
+    def _fits(self, path: Path, shard: int) -> bool:
+        rows = np.load(path, mmap_mode="r")
+        return rows.shape == (len(self.positions(shard)), *self.row_shape) and (
+            rows.dtype == self.dtype
+        )
 
     def _write(self, shard: int, rows: NDArray[Any]) -> None:
         partial = self.path / f"{shard:05d}-{os.getpid()}.partial"
@@ -199,14 +208,14 @@ class ShardedRows:
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise OSError(
-                f"stored features need {needed / 1e9:.2f} GB in {self.path.parent}, where "
-                f"{free / 1e9:.2f} GB are free: set paths.cache to another disk, `graft cache "
+                f"stored features need {readable(needed)} in {self.path.parent}, where "
+                f"{readable(free)} are free: set paths.cache to another disk, `graft cache "
                 "prune`, or the stage's cache=off"
             )
-        about = self.path / "about.json"
-        if not about.is_file():
-            with contextlib.suppress(FileExistsError), about.open("x", encoding="utf-8") as file:
-                json.dump({**self.about, "row_shape": self.row_shape}, file, indent=1)
+        if self.known_shape(self.path) != self.row_shape:
+            partial = self.path / f"about-{os.getpid()}.partial"
+            partial.write_text(json.dumps({**self.about, "row_shape": self.row_shape}, indent=1))
+            partial.replace(self.path / "about.json")
 
 
 def checksum(path: Path) -> int:
@@ -218,5 +227,14 @@ def checksum(path: Path) -> int:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a shard's bytes are those it was written with."""
-    return path.stem.rpartition("-")[2] == f"{checksum(path):08x}"
+    """Whether a shard's bytes are those it was written with, and an array's: a checksum in a name
+    says nothing of who wrote it.
+    """
+    if path.stem.rpartition("-")[2] != f"{checksum(path):08x}":
+        return False
+    try:
+        return np.load(path, mmap_mode="r").ndim > 0
+    except FileNotFoundError:
+        raise
+    except Exception:  # numpy raises many kinds
+        return False

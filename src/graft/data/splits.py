@@ -1,11 +1,13 @@
-"""The train, val and test splits of what a source has loaded."""
+"""The train, val and test splits of what a source has loaded, and whether it can be trained on."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from graft.data.datasets import ImageDataset
-from graft.data.source import Splits
+from graft.data.source import Split, Splits
 from graft.data.subset import shots_per_class as draw_shots
 from graft.data.subset import stratified_fraction, stratified_split
 
@@ -27,6 +29,12 @@ def draw_splits(
     keep = np.arange(len(labels))
     held_out: dict[str, ImageDataset] = {}
     given = {"val": loaded.val, "test": loaded.test}
+    drawn_splits = [name for name, split in given.items() if split is None]
+    if short := _below(len(drawn_splits) + 1, labels, loaded.classes):
+        raise ValueError(
+            f"{short}: too few for train and {' and '.join(drawn_splits)}, which are drawn from "
+            "the training images: add images, leave the class out, or bring splits of your own"
+        )
     for offset, (name, fraction) in enumerate((("test", test_fraction), ("val", val_fraction))):
         split = given[name]
         if split is not None:
@@ -36,7 +44,89 @@ def draw_splits(
         held_out[name] = ImageDataset(loaded.train, keep[drawn])
         keep = keep[kept]
     if shots_per_class is not None:
+        if short := _below(shots_per_class, labels[keep], loaded.classes):
+            fewest = min(np.unique(labels[keep], return_counts=True)[1])
+            raise ValueError(
+                f"data.shots_per_class={shots_per_class}: {short} to train on: set "
+                f"data.shots_per_class={fewest} or less, or add images"
+            )
         keep = keep[draw_shots(labels[keep], shots_per_class, seed)]
     elif train_fraction != 1.0:
         keep = keep[stratified_fraction(labels[keep], train_fraction, seed)]
     return {"train": ImageDataset(loaded.train, keep), **held_out}
+
+
+def _below(least: int, labels: np.ndarray, classes: list[str]) -> str:
+    """The class with the fewest images, where that is less than `least`; "" where none is."""
+    present, counts = np.unique(labels, return_counts=True)
+    few = np.flatnonzero(counts < least)
+    if not len(few):
+        return ""
+    first = few[np.argmin(counts[few])]
+    images = "image" if counts[first] == 1 else "images"
+    more = f" ({len(few) - 1} more classes have too few)" if len(few) > 1 else ""
+    return f"class {classes[present[first]]} has {counts[first]} {images}{more}"
+
+
+def check_splits(loaded: Splits, source: str) -> None:
+    """That a source has loaded what a `Splits` holds. Pixels are not read: they may be on disk.
+
+    Raises:
+        ValueError: it has not; it names the source, the split and what to do.
+    """
+    classes = loaded.classes
+    if not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{source}: classes must be a list of names, not {classes!r}")
+    if twice := sorted({name for name in classes if classes.count(name) > 1}):
+        raise ValueError(f"{source}: two classes have the name {twice[0]}: each needs its own")
+    splits = {"train": loaded.train, "val": loaded.val, "test": loaded.test}
+    for name, split in splits.items():
+        if split is not None and (problem := _problem(split, classes)):
+            raise ValueError(f"{source}, {name} split: {problem}")
+
+
+def _problem(split: Split, classes: list[str]) -> str | None:
+    for what in ("images", "labels"):
+        array: Any = getattr(split, what)
+        if not isinstance(array, np.ndarray):
+            return f"{what} must be a numpy array, not {type(array).__name__}"
+    return _image_problem(split.images) or _label_problem(split, classes)
+
+
+def _image_problem(images: np.ndarray) -> str | None:
+    shape = images.shape
+    if len(shape) != 4 or shape[1] != 3 or 0 in shape:
+        hint = ""
+        if len(shape) == 4 and shape[3] == 3:
+            hint = ": channels come first, images.transpose(0, 3, 1, 2)"
+        elif len(shape) == 3:
+            hint = ": repeat a grey channel, images[:, None].repeat(3, axis=1)"
+        elif len(shape) == 4 and shape[1] == 1:
+            hint = ": repeat a grey channel, images.repeat(3, axis=1)"
+        elif len(shape) == 4 and shape[1] > 3:
+            hint = ": choose three channels, images[:, :3]"
+        return f"images must be (N, 3, height, width) and not empty, not {shape}{hint}"
+    if images.dtype != np.uint8:
+        hint = ": for 0..1, (images * 255).round().astype(np.uint8)" * (images.dtype.kind == "f")
+        return f"images must be uint8 from 0 to 255, not {images.dtype}{hint}"
+    return None
+
+
+def _label_problem(split: Split, classes: list[str]) -> str | None:
+    labels, count = split.labels, len(split.images)
+    if labels.ndim != 1:
+        hint = ", labels.argmax(1) if they are one-hot" if labels.ndim == 2 else ""
+        return f"labels must be (N,), one class for each image, not {labels.shape}{hint}"
+    for what in ("labels", "names", "digests"):
+        array = getattr(split, what)
+        if array is not None and len(array) != count:
+            return f"{count:,} images, but {len(array):,} {what}: each image needs one"
+    if labels.dtype != np.int64:
+        return f"labels must be int64, not {labels.dtype}: labels.astype(np.int64)"
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(wrong):
+        return (
+            f"labels must be 0 to {len(classes) - 1} for {len(classes)} classes; number {wrong[0]} "
+            f"is {labels[wrong[0]]}"
+        )
+    return None

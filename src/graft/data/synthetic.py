@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from graft.backbones.base import Preprocessing
 from graft.data.source import Source, Split, Splits
 
 
@@ -31,7 +32,7 @@ class Synthetic(Source):
         self.classes, self.image_size, self.seed = classes, image_size, seed
         self.per_class, self.test_per_class = per_class, test_per_class
 
-    def load(self, size: int) -> Splits:
+    def load(self, preprocessing: Preprocessing) -> Splits:
         rng = np.random.default_rng(self.seed)
         coarse = rng.uniform(-1, 1, (self.classes, 3, 4, 4)).astype(np.float32)
         cells = np.arange(self.image_size) * 4 // self.image_size

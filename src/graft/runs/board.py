@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -15,6 +16,8 @@ from tempfile import TemporaryDirectory
 from omegaconf import OmegaConf
 
 from graft.config import CONFIGS
+from graft.names import file_word, shortened, visible
+from graft.overrides import place
 from graft.runs.folder import name_words
 from graft.runs.records import Run, find_runs, read_run, run_folders
 
@@ -44,15 +47,17 @@ def main(arguments: Sequence[str]) -> None:
 
 def logs() -> Path:
     """Where runs land, if no override says otherwise."""
-    return Path(str(OmegaConf.load(CONFIGS / "paths" / "default.yaml").logs))
+    return place(OmegaConf.load(CONFIGS / "paths" / "default.yaml").logs)
 
 
 def serve(folder: Path, port: int | None) -> None:
     """Until it is stopped.
 
     Raises:
-        ValueError: nothing to show, or the port is taken.
+        ValueError: nothing to show, or the port is taken or none.
     """
+    if port is not None and not 0 <= port < 2**16:
+        raise ValueError(f"--port {port}: must be from 0 to 65535")
     runs = find_runs([folder])
     if not any(any(run.path.glob(EVENTS)) for run in runs):
         logger = runs[0].values.get("logger")
@@ -72,7 +77,7 @@ def serve(folder: Path, port: int | None) -> None:
                 address = board.launch()
         except TensorBoardServerException as error:
             raise ValueError(f"--port {port}: {error.msg}") from error
-        print(f"{len(runs)} runs of {folder}: {address} (Ctrl-C ends it)", flush=True)
+        print(f"{len(runs)} runs of {visible(str(folder))}: {address} (Ctrl-C ends it)", flush=True)
         while True:
             time.sleep(EVERY)
             links.update()
@@ -103,19 +108,24 @@ class Links:
                 continue
             run, above = read_run(path), path.parent
             words = [w for w in _words(run) if w not in self.shared.get(above, set())]
-            name = "_".join([*words, f"seed{run.record.get('seed')}"])[-120:].lstrip("_")
+            # What stands in a run.json is cleaned: it must not name a place elsewhere.
+            seed = file_word(str(run.record.get("seed")))
+            name = shortened("_".join([*words, f"seed{seed}"]))
             place = self.links
             if above.is_relative_to(self.folder):
-                place /= above.relative_to(self.folder)
+                for part in above.relative_to(self.folder).parts:
+                    place /= file_word(part)
+                    if place.is_symlink():  # to a run, in whose folder nothing is to be written
+                        place = place.with_name(f"{place.name} (folder)")
             place.mkdir(parents=True, exist_ok=True)
             numbers = ["", *(f" ({n})" for n in range(2, 10_000))]
-            link = next(p for n in numbers if not (p := place / f"{name}{n}").is_symlink())
+            link = next(p for n in numbers if not os.path.lexists(p := place / f"{name}{n}"))
             link.symlink_to(path, target_is_directory=True)
             self.named.add(path)
 
 
 def _words(run: Run) -> list[str]:
     if run.problem:
-        return [run.path.name]
+        return [file_word(run.path.name)]
     experiment = (run.record.get("choices") or {}).get("experiment")
-    return name_words(experiment, run.record.get("overrides") or [])
+    return name_words(run.config, experiment, run.record.get("overrides") or [])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import sys
 import time
@@ -14,6 +12,10 @@ from pathlib import Path
 
 from graft.data.shards import is_whole
 from graft.data.source import read_entry
+from graft.disk import readable
+from graft.names import visible
+from graft.overrides import own_cache, place
+from graft.reading import read_json
 
 PREFIXES = ("features-", "folder-", "cifar10-")
 
@@ -52,7 +54,7 @@ def _describe(path: Path) -> str:
         info = read_entry(path)
         return f"images of {len(info['classes'])} classes" if info else "unfinished"
     try:
-        about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+        about = read_json(path / "about.json")
         return f"{about['backbone']}; blocks {about['blocks']}; {about['rows']}; {about['input']}"
     except (OSError, ValueError, KeyError):
         return "unfinished"
@@ -69,7 +71,7 @@ def damaged(entry: Entry) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    default = os.environ.get("GRAFT_CACHE") or "~/.cache/graft"
+    default = own_cache()
     parser = argparse.ArgumentParser(
         prog="graft cache", description="decoded images and frozen features; safe to delete"
     )
@@ -80,20 +82,20 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.action == "prune" and options.all == (options.days is not None):
         parser.error("prune needs either --days N or --all")
-    cache = options.cache.expanduser()
+    cache = place(options.cache)
     found = entries(cache)
     kept, bad = list(found), 0
     for entry in found:
         if options.action == "verify":
             wrong = damaged(entry)
             bad += len(wrong)
-            print(f"{'damaged' if wrong else 'whole':8} {entry.line}")
+            print(f"{'damaged' if wrong else 'whole':8} {visible(entry.line)}")
         elif options.action == "list":
-            print(entry.line)
+            print(visible(entry.line))
         elif options.all or entry.days >= options.days:
             shutil.rmtree(entry.path)
             kept.remove(entry)
-            print(f"deleted {entry.line}")
-    print(f"{len(kept)} entries, {sum(e.bytes for e in kept) / 1e9:.2f} GB in {cache}")
+            print(f"deleted {visible(entry.line)}")
+    print(f"{len(kept)} entries, {readable(sum(e.bytes for e in kept))} in {cache}")
     if bad:
         sys.exit(f"graft: {bad} damaged files; they are computed again when a run needs them")

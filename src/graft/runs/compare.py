@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from graft.overrides import place
 from graft.runs.folder import STATUSES
 from graft.runs.groups import ABSENT, Comparison, grouped
-from graft.runs.records import Run, find_runs, known, text
-from graft.runs.table import Table
+from graft.runs.records import Run, as_number, find_runs, known, text
+from graft.runs.table import Table, terminal_width
 from graft.runs.tables import (
     COSTS,
     cost,
@@ -34,14 +35,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    logs = os.environ.get("GRAFT_LOGS") or "logs"
+    logs = place(os.environ.get("GRAFT_LOGS") or "logs")
     parser = argparse.ArgumentParser(
         prog="graft compare",
         description="Runs grouped by everything but the seed: what differs, what came of it. "
-        "KEY is a config key, a config group, seed, status, host, device or train_images.",
+        "KEY is a config key (name and tags too), a config group, seed, status, host, device, "
+        "train_images, data.digest or backbone.weights.digest.",
     )
     add = parser.add_argument
-    add("places", nargs="*", type=Path, default=[Path(logs)], metavar="RUN_OR_FOLDER",
+    add("places", nargs="*", type=Path, default=[logs], metavar="RUN_OR_FOLDER",
         help=f"run folders, or folders with runs somewhere below (default: {logs})")  # fmt: skip
     add("--where", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="only these runs")
     add("--status", choices=(*STATUSES, "unreadable"))
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pivot", nargs=2, metavar=("ROW_KEY", "COLUMN_KEY"), help="one key down, another across")
     add("--each", action="store_true", help="a row for each run, finished or not")
     add("--keys", action="store_true", help="the config keys that differ, with their values")
-    add("--csv", type=Path, metavar="FILE", help="the rows in plain numbers")
+    add("--csv", type=Path, metavar="FILE", help="all rows and columns in plain numbers")
     add("--md", type=Path, metavar="FILE", help="the tables as Markdown")
     add("--plot", type=Path, metavar="FILE", help="learning curves, and bars with intervals")
     return parser
@@ -64,7 +66,7 @@ def _compare(options: argparse.Namespace) -> None:
     runs = find_runs(options.places)
     keys = [*dict.fromkeys(key for run in runs for key in run.values)]
     for condition in options.where:
-        key, wanted = _condition("--where", condition, keys)
+        key, wanted = _condition("--where", condition, keys, runs)
         there = [*dict.fromkeys(run.values.get(key, ABSENT) for run in runs if not run.problem)]
         runs = _chosen(runs, key, wanted)
         if not runs:
@@ -84,13 +86,13 @@ def _compare(options: argparse.Namespace) -> None:
             table = Table([], "none of these runs is finished", left_out(comparison))
         _put([table], options.md)
         if options.csv:
-            options.csv.write_text(table.csv())
+            options.csv.write_text(table.csv(), encoding="utf-8")
         return
     metrics = metric_names(comparison, options.metric)
     comparison = _sorted(comparison, options.sort, options.reverse)
     baseline = {}
     for condition in options.baseline:
-        key, (baseline[key], *_) = _condition("--baseline", condition, keys)
+        key, (baseline[key], *_) = _condition("--baseline", condition, keys, runs)
     table = group_table(comparison, metrics, baseline)
     tables = [table]
     if options.pivot:
@@ -98,7 +100,7 @@ def _compare(options: argparse.Namespace) -> None:
         tables = pivot_tables(comparison, row, column, options.metric or metrics[:1])
     _put(tables, options.md)
     if options.csv:
-        options.csv.write_text(table.csv())
+        options.csv.write_text(table.csv(), encoding="utf-8")
     if options.plot:
         from graft.runs.plots import draw
 
@@ -107,7 +109,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _put(tables: Sequence[Table], file: Path | None) -> None:
-    print("\n".join(table.plain() for table in tables), end="")
+    print("\n".join(table.plain(terminal_width()) for table in tables), end="")
     if file:
         file.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
 
@@ -127,17 +129,28 @@ def metric_names(comparison: Comparison, asked: Sequence[str] = ()) -> list[str]
     return sorted(usual) or there[:2]
 
 
-def _condition(option: str, condition: str, keys: Sequence[str]) -> tuple[str, list[str]]:
-    """KEY=VALUE[,VALUE] taken apart; commas in brackets belong to a value."""
+def _condition(
+    option: str, condition: str, keys: Sequence[str], runs: Sequence[Run]
+) -> tuple[str, list[str]]:
+    """KEY=VALUE[,VALUE] taken apart; commas in brackets belong to a value. A number that no run
+    has as it was typed (1e-3) is the number.
+    """
     key, equals, values = condition.partition("=")
     if not equals:
         raise ValueError(f"{option} {condition}: write KEY=VALUE")
-    return known(key, keys, "config key"), [text(v) for v in re.split(r",(?![^\[]*\])", values)]
+    key = known(key, keys, "config key")
+    there = {run.values.get(key, ABSENT) for run in runs}
+
+    def meant(value: str) -> str:
+        number = as_number(value)
+        return value if value in there or number is None else text(number)
+
+    return key, [meant(value) for value in re.split(r",(?![^\[]*\])", values)]
 
 
 def _chosen(runs: Sequence[Run], key: str, values: Sequence[str]) -> list[Run]:
     """What can't be read stays, to be listed."""
-    return [run for run in runs if run.problem or run.values.get(key, ABSENT) in values]
+    return [run for run in runs if run.problem or run.has(key, values)]
 
 
 def _sorted(comparison: Comparison, key: str | None, reverse: bool) -> Comparison:

@@ -7,21 +7,26 @@ import hashlib
 import io
 import json
 import os
-import re
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graft.config import CONFIGS, check, explain
-from graft.runs.folder import write_atomically
-from graft.runs.open import checkpoint_path, read_checkpoint, read_run
+from graft.config import CONFIGS, check, explain, moved
+from graft.disk import write_atomically
+from graft.names import file_word, shortened
+from graft.objects import add_trust
+from graft.overrides import PLACES, config_folders, key_of, path_of, place, quote_paths, search_path
+from graft.runs.open import checkpoint_path, read_checkpoint, read_overrides, read_run
 
 if TYPE_CHECKING:
+    from graft.data.datamodule import TransferDataModule
+    from graft.data.items import SplitRecord
     from graft.scores import Predictions
 
 
@@ -31,6 +36,7 @@ class Settings:
 
     Args:
         ckpt: "best" or "last" of the run's last stage, or a file.
+        places: overrides that say where the run's own data lies now: data.root, paths.*.
         data: a data group's name and overrides of it, or a folder and such overrides; empty: the
             run's own.
         mirror: evaluate the mean features of an image and its mirror image.
@@ -40,6 +46,7 @@ class Settings:
     """
 
     ckpt: str = "best"
+    places: Sequence[str] = ()
     data: Sequence[str] = ()
     mirror: bool = False
     corruptions: bool = False
@@ -54,7 +61,7 @@ class Settings:
         words += [Path(self.ckpt).stem] if self.ckpt != "best" else []
         words += ["mirror"] if self.mirror else []
         words += [f"limit{self.limit}"] if self.limit else []
-        name = re.sub(r"[^\w.-]+", "-", "_".join(words))
+        name = shortened("_".join(map(file_word, words)))
         given = [*self.data, *([self.ckpt] if self.ckpt not in ("best", "last") else [])]
         exact = [_with_whole_path(word) for word in given]
         if len(exact) > 1 or any("/" in word for word in exact):
@@ -65,7 +72,7 @@ class Settings:
 def _with_whole_path(word: str) -> str:
     """Of what there is in the file system, as `word` or as the value of an override."""
     key, equals, value = word.rpartition("=")
-    path = Path(value).expanduser()
+    path = place(value)
     return f"{key}{equals}{path.resolve()}" if path.exists() else word
 
 
@@ -76,6 +83,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     option = parser.add_argument
+    option(
+        "places",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="where its data lies now: data.root=FOLDER, paths.data=FOLDER, paths.cache=FOLDER",
+    )
     option(
         "--data",
         nargs="+",
@@ -91,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         help="noise, blur, contrast, brightness and JPEG, at severities 1 to 5",
     )
     option("--mirror", action="store_true", help="mean features of an image and its mirror image")
+    add_trust(parser)
     option("--limit", type=_positive, metavar="N", help="about N images, stratified")
     option("--batch-size", type=_positive, metavar="N", help="default: the run's")
     settings = vars(parser.parse_args(arguments))
@@ -120,12 +134,21 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     """
     config, status = read_run(run)
     path = checkpoint_path(run, config, status, settings.ckpt)
+    own_source = config["data"]["source"]
     if settings.data:
-        config = with_data(config, settings.data)
+        config = with_data(config, settings.data, read_overrides(run))
+    for override in quote_paths(settings.places):
+        if not PLACES.fullmatch(key_of(override)):
+            raise ValueError(
+                f"{override}: graft eval takes data.root=, paths.data= and paths.cache= for the "
+                "run's own data, and other data by --data"
+            )
+        config = moved(config, key_of(override), path_of(override))
     file = run / "eval" / f"{settings.name}.json"
     file.parent.mkdir(exist_ok=True)  # before the work, not after it
 
     from graft import report
+    from graft.data.items import SplitRecord
     from graft.evaluator import Evaluator
     from graft.scores import scores
     from graft.startup import quiet_libraries
@@ -134,7 +157,10 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     quiet_libraries()
     started = time.perf_counter()
     checkpoint = read_checkpoint(path)
-    evaluator = Evaluator.build(config, checkpoint, path)
+    if settings.data:
+        read_alike(config["data"]["source"], own_source, checkpoint["graft"].get("value_range"))
+    record = SplitRecord.read(run)
+    evaluator = Evaluator.build(config, checkpoint, path, None if settings.data else record)
     evaluator.module.backbone.mirror |= settings.mirror
     datamodule = evaluator.datamodule
     datamodule.eval_batch_size = settings.batch_size or datamodule.eval_batch_size
@@ -147,12 +173,15 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     report.say(f"run       {run}" + (f" (status {status})" if status != "done" else ""))
     report.say(f"weights   {path.name} of stage {stage}, epoch {epoch}")
     report.say(f"data      {where}: {len(test):,} images")
+    for note in notes(datamodule, record, other=bool(settings.data)):
+        report.say(f"note      {note}")
     report.say(f"device    {device}")
 
     predictions = evaluator.predictions(test)
+    whole = run.resolve()
     result = {
         "settings": {**vars(settings), "data": list(settings.data)},
-        "checkpoint": str(path.relative_to(run) if path.is_relative_to(run) else path),
+        "checkpoint": str(path.relative_to(whole) if path.is_relative_to(whole) else path),
         "stage": stage,
         "epoch": epoch,
         "source": config["data"]["source"],
@@ -175,29 +204,62 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     return result
 
 
-def with_data(config: dict[str, Any], data: Sequence[str]) -> dict[str, Any]:
+def notes(
+    datamodule: TransferDataModule, record: SplitRecord | None, *, other: bool
+) -> Iterator[str]:
+    """What the result's reader should know of its images.
+
+    Args:
+        record: the run's.
+        other: whether they are others than the run's own.
+    """
+    test = datamodule.splits["test"]
+    if changed := datamodule.changes.get("test"):
+        yield f"the data has changed since: {changed}"
+    if record is None:
+        yield "this run did not record its images: if the data has changed since, its test split"
+        yield "is another one, and may hold images that it was trained on"
+    elif other and (seen := record.trained_on(test)):
+        yield f"this run was trained on {seen:,} of these images"
+    if absent := sorted({*range(datamodule.num_classes)} - {*test.labels.tolist()}):
+        from graft.data.datamodule import few
+
+        names = few([datamodule.classes[label] for label in absent])
+        yield f"no images of {len(absent)} of {datamodule.num_classes} classes: {names}"
+
+
+def with_data(
+    config: dict[str, Any], data: Sequence[str], command: Sequence[str] = ()
+) -> dict[str, Any]:
     """A run's config with another source of images: their size and batches stay the run's.
 
     Args:
         data: see `Settings`.
+        command: the run's overrides, whose folders of configs are used only if given in `data`.
     """
     from hydra import compose, initialize_config_dir
 
-    name, *overrides = data
-    groups = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml") if path.stem != "base")
+    name, *given = data
+    overrides = quote_paths(given)
+    folders = [CONFIGS, *config_folders(overrides)]
+    options = {path.stem for folder in folders for path in (folder / "data").glob("*.yaml")}
+    groups = sorted(options - {"base"})
     if name in groups:
         overrides.insert(0, f"data={name}")
-    elif Path(name).expanduser().is_dir():
+    elif place(name).is_dir():
         overrides = ["data=image_folder", "data.root=below", *overrides]
     else:
-        raise ValueError(f"--data {name}: neither a folder nor one of {', '.join(groups)}")
+        hint = "".join(
+            f"; to look where the run did, add {shlex.quote(o)}" for o in search_path(command)
+        )
+        raise ValueError(f"--data {name}: neither a folder nor one of {', '.join(groups)}{hint}")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = check(compose("train", overrides))
     source = composed["data"]["source"]
     if name not in groups:
         source |= {
             "_target_": "graft.data.folder.EvalFolder",
-            "root": str(Path(name).expanduser().absolute()),
+            "root": str(place(name)),
         }
     keys = [override.lstrip("+").partition("=")[0].split(".") for override in overrides]
     changed = {key[1]: composed["data"][key[1]] for key in keys if key[0] == "data" and key[1:]}
@@ -207,22 +269,55 @@ def with_data(config: dict[str, Any], data: Sequence[str]) -> dict[str, Any]:
     return {**config, "data": own, "paths": composed["paths"]}
 
 
-def details(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """95 % intervals of the metrics, accuracy of each class, confusion matrix: plain values."""
-    from graft.scores import confusion_matrix, intervals
+def read_alike(
+    source: dict[str, Any], own: Mapping[str, Any], value_range: Sequence[float] | None
+) -> None:
+    """Let other images be read as those that a run was trained on, where nothing else is said.
 
-    matrix = confusion_matrix(predictions, len(classes))
+    Args:
+        source, own: arguments of the other images' source, and of the run's.
+        value_range: what the run found black and white.
+    """
+    if source.get("background", ...) is None:
+        source["background"] = own.get("background")
+    if source.get("value_range", ...) is None and value_range is not None:
+        source["value_range"] = list(value_range)
+
+
+def details(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
+    """95 % intervals of the metrics, accuracy of each class (its recall) and what it is most often
+    taken for, confusion matrix: plain values.
+
+    The matrix is null if it has more classes than a picture; the .npz file has all predictions.
+    """
+    from graft.pictures import SHOWN
+    from graft.scores import (
+        class_counts,
+        confusion_matrix,
+        intervals,
+        lowest_recall,
+        most_taken_for,
+    )
+
     bounds = intervals(predictions, len(classes))
+    taken = most_taken_for(predictions)
+    counts, right, _ = class_counts(predictions, len(classes))
     per_class = {}
     for i, name in enumerate(classes):
-        images = int(matrix[i].sum())
-        acc = float(matrix[i, i] / images) if images else None
-        interval = bounds["per_class"][i].tolist() if images else None
-        per_class[name] = {"acc": acc, "interval": interval, "images": images}
+        images = int(counts[i])
+        other, count = taken.get(i, (0, 0))
+        per_class[name] = {
+            "acc": float(right[i] / images) if images else None,
+            "interval": bounds["per_class"][i].tolist() if images else None,
+            "images": images,
+            "taken_for": [classes[other], count] if count else None,
+        }
+    few = len(classes) <= SHOWN
     return {
         "intervals": {name: bounds[name].tolist() for name in ("acc", "macro_f1", "nll")},
+        "recall": lowest_recall(predictions, classes),
         "per_class": per_class,
-        "confusion": matrix.tolist(),
+        "confusion": confusion_matrix(predictions, len(classes)).tolist() if few else None,
     }
 
 

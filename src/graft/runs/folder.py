@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
-import re
+import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -18,9 +18,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
-from yaml import YAMLError  # type: ignore[import-untyped]
 
+from graft.disk import create_exclusively, overwrite, remove_leftovers, write_atomically
+from graft.names import file_word, shortened
 from graft.runs import resources
+from graft.runs.run_json import read_record
 from graft.signals import slurm_job
 
 STATUSES = ("queued", "running", "done", "failed", "preempted", "pruned")
@@ -42,6 +44,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record: dict[str, Any] = {}
+        self.writing = threading.RLock()  # see graft.watch
 
     @classmethod
     def create(
@@ -64,29 +67,35 @@ class RunFolder:
         """
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            path = _create_exclusively(parent, name)
+            path = create_exclusively(parent, name)
         except OSError as error:
             raise OSError(
                 f"cannot create a run folder in {parent} ({error.strerror}): set paths.logs or "
                 "GRAFT_LOGS to a folder you may write to"
             ) from error
         folder = cls(path)
-        folder.write("config.yaml", config)
-        folder.write("overrides.yaml", list(overrides))
-        folder.update(
-            format=FORMAT,
-            status="queued",
-            started=None,
-            finished=None,
-            seed=config.get("seed"),
-            stage=None,
-            stages=[],
-            metrics={},
-            overrides=list(overrides),
-            choices=dict(choices or {}),
-            config=config,
-            **fields,
-        )
+        try:
+            folder.write("config.yaml", config)
+            folder.write("overrides.yaml", list(overrides))
+            folder.update(
+                format=FORMAT,
+                status="queued",
+                started=None,
+                finished=None,
+                name=config.get("name"),
+                tags=config.get("tags"),
+                seed=config.get("seed"),
+                stage=None,
+                stages=[],
+                metrics={},
+                overrides=list(overrides),
+                choices=dict(choices or {}),
+                config=config,
+                **fields,
+            )
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return folder
 
     def start(self) -> None:
@@ -118,9 +127,9 @@ class RunFolder:
         """
         folder = cls(path.resolve())
         try:
-            folder.record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            folder.record = read_record(path)
             found = folder.record["format"]
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
             inside = sorted(p.parent.name for p in path.glob("*/run.json"))
             hint = f"; there are {len(inside)} in it, like {path / inside[-1]}" if inside else ""
             raise ValueError(f"{path} is not a run folder: no readable run.json{hint}") from error
@@ -131,13 +140,6 @@ class RunFolder:
                 f"reads {FORMAT}"
             )
         return folder
-
-    def read(self, file: str) -> Any:
-        """`config.yaml` or `overrides.yaml`, as plain values."""
-        try:
-            return OmegaConf.to_container(OmegaConf.load(self.path / file))
-        except (OSError, ValueError, YAMLError) as error:
-            raise ValueError(f"{self.path / file} cannot be read: {error}") from error
 
     def write(self, file: str, content: Any) -> None:
         write_atomically(self.path / file, OmegaConf.to_yaml(OmegaConf.create(content)))
@@ -158,62 +160,52 @@ class RunFolder:
                 f"{self.record.get('host')}): wait for it, or stop it"
             ) from error
         try:
+            remove_leftovers(self.path, *self.path.glob("checkpoints/*/"))
             yield
         finally:
             lock.release()
 
     def update(self, **fields: Any) -> None:
-        self.record.update(fields)
-        ordered = dict(sorted(self.record.items(), key=lambda item: item[0] == "config"))
-        write_atomically(self.path / "run.json", json.dumps(ordered, indent=2) + "\n")
+        with self.writing:
+            self.record.update(fields)
+            ordered = dict(sorted(self.record.items(), key=lambda item: item[0] == "config"))
+            try:
+                write_atomically(self.path / "run.json", json.dumps(ordered, indent=2) + "\n")
+            except OSError:
+                if self.record["status"] in ("queued", "running"):
+                    raise
+                # Without the indentation it may fit where the longer text was.
+                overwrite(self.path / "run.json", json.dumps(ordered) + "\n")
 
     def finish(self, status: str, **fields: Any) -> None:
+        """Record how the run ended; the first to say so is right."""
         peaks = resources.peak_memory()
         for key, before in ((key, self.record.get(key)) for key in peaks):
             peaks[key] = max(peaks[key] or 0, before or 0) or None  # of a resumed run, the largest
-        self.update(status=status, finished=_now(), **peaks, **fields)
+        with self.writing:
+            if self.record["status"] == "running":
+                self.update(status=status, finished=_now(), **peaks, **fields)
 
 
-def run_name(experiment: str | None, overrides: Sequence[str], seed: int) -> str:
-    """Readable and sortable: time, then what was overridden, then the seed; no `=` or slashes."""
+def run_name(config: Mapping[str, Any], experiment: str | None, overrides: Sequence[str]) -> str:
+    """Readable and sortable: time, the run's name, what was overridden, the seed."""
     now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return "_".join([now, *name_words(experiment, overrides)])[:120] + f"_seed{seed}"
+    words = "_".join(name_words(config, experiment, overrides))
+    return f"{now}_{shortened(words)}_seed{config['seed']}"
 
 
-def name_words(experiment: str | None, overrides: Sequence[str]) -> list[str]:
-    words = [re.sub(r"[^\w.-]+", "-", experiment or "default")]
+def name_words(
+    config: Mapping[str, Any], experiment: str | None, overrides: Sequence[str]
+) -> list[str]:
+    name = config.get("name")
+    words = [*([] if name is None else [file_word(str(name))])]
+    if experiment or not words:
+        words.append(file_word(experiment or "default"))
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key not in ("experiment", "seed") and not key.startswith("paths."):
-            word = f"{key.rsplit('.', 1)[-1]}-{value.rsplit('/', 1)[-1]}"
-            words.append(re.sub(r"[^\w.-]+", "-", word).strip("-"))
+        if key not in ("experiment", "seed", "name") and not key.startswith(("paths.", "hydra.")):
+            words.append(file_word(f"{key.rsplit('.', 1)[-1]}-{value.rsplit('/', 1)[-1]}"))
     return words
-
-
-def _create_exclusively(parent: Path, name: str) -> Path:
-    for attempt in range(1, 1000):
-        path = parent / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            path.mkdir()
-        except FileExistsError:
-            continue
-        return path
-    raise FileExistsError(f"{parent / name} and 999 more exist")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Whole or not at all, whatever stops the process."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:  # a full disk is met when writing, which does not say where
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _now() -> str:

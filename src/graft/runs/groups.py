@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from graft.runs.records import FACTS, IGNORED, Run, as_number
+from graft.runs.records import IGNORED, Run, as_number
 from graft.runs.statistics import Summary, summarise
 
 ABSENT = "-"  # the value of a key that a config does not have
@@ -134,14 +135,10 @@ def _distinguishing(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
     choices = dict.fromkeys(group for run in runs for group in run.record.get("choices") or {})
     given = dict.fromkeys(key for run in runs for key in run.overridden)
     values = [group.values for group in groups]
-    keys = dict.fromkeys([*given, *choices, *(key for value in values for key in value)])
-    differing = [
-        key
-        for key in keys
-        if key.split(".")[0] not in IGNORED
-        and key not in FACTS
-        and len({value.get(key, ABSENT) for value in values}) > 1
-    ]
+    told_by = dict.fromkeys(key for run in runs for key, _ in run.identity)
+    known = dict.fromkeys([*(key for key in choices if key not in IGNORED), "tags", *told_by])
+    keys = dict.fromkeys([*(key for key in given if key in known), *known])
+    differing = [key for key in keys if len({value.get(key, ABSENT) for value in values}) > 1]
 
     def is_given(key: str) -> bool:  # head.grid={...} gives head.grid.lr
         return key in given or any(key.startswith(f"{k}.") for k in given if k not in choices)
@@ -154,6 +151,28 @@ def _distinguishing(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
             if more > told:
                 columns, told = [*columns, key], more
     return columns, [key for key in differing if key not in columns]
+
+
+def settings(keys: Sequence[str], rows: Sequence[Mapping[str, str]]) -> tuple[list[str], str]:
+    """Of each row the values of these keys that most other rows do not have, as few words as can
+    be; and those that most have.
+    """
+    lasts = [key.rpartition(".")[2] for key in keys]
+    short = {k: last if lasts.count(last) == 1 else k for k, last in zip(keys, lasts, strict=True)}
+    usual = {}
+    for key in keys:
+        value, count = Counter(row.get(key, ABSENT) for row in rows).most_common(1)[0]
+        if 2 * count > len(rows):
+            usual[key] = value
+
+    def words(values: Mapping[str, str]) -> str:
+        return " ".join(f"{short[k]}={v}" for k, v in values.items() if v != ABSENT)
+
+    texts = []
+    for row in rows:
+        values = {key: row.get(key, ABSENT) for key in keys}
+        texts.append(words({k: v for k, v in values.items() if usual.get(k) != v}) or ABSENT)
+    return texts, words(usual)
 
 
 def _size(value: str) -> float:

@@ -16,12 +16,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from graft.config import check, chosen_options
+from graft.config import check, chosen_options, leaves
+from graft.console import console
+from graft.disk import remove_leftovers
+from graft.objects import require_trusted
+from graft.overrides import key_of, place, quoted, whole_command
+from graft.reading import read_yaml_mapping
+from graft.runs import sweep
 from graft.runs.compose import Composer
 from graft.runs.folder import FINAL, RunFolder, run_name
-from graft.runs.progress import Progress, console
+from graft.runs.progress import Progress
 from graft.runs.records import read_run, run_folders
 from graft.runs.sweep import failures, make_folder, note_command, summarise
 from graft.signals import Preempted, StopSignals, requeue
@@ -32,11 +38,15 @@ POLL_SECONDS = 0.2
 
 @dataclass
 class Job:
-    """One run of a sweep; `label` is what was swept over."""
+    """One run of a sweep.
+
+    `label` is what was swept over; `trusted`: its config is that of one's own command line.
+    """
 
     number: int
     label: str
     folder: RunFolder
+    trusted: bool = False
 
     @property
     def status(self) -> str:
@@ -92,23 +102,31 @@ class SweepLauncher(Launcher):
         if "TORCHELASTIC_RUN_ID" in os.environ or tasks > 1:
             raise ValueError("a sweep is one process, which starts those of its jobs: run it alone")
         self.config = config
+        self.common = {*whole_command(config.hydra, config.hydra.overrides.task)}
         self.composer = Composer(hydra_context.config_loader, config)
-        self.path = Path(config.hydra.sweep.dir)
+        by_time = "${now:" in OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"]  # type: ignore[index, call-overload]
+        self.path = make_folder(place(config.hydra.sweep.dir), exclusively=by_time)
+        with read_write(config):
+            config.hydra.sweep.dir = str(self.path)
         self.lock = FileLock(self.path / ".lock")
         self.earlier: dict[str, list[Path]] | None = None
-        make_folder(self.path)
 
     def note_command(self) -> None:
         """What `graft resume` starts again; of a sweep that is locked, whose jobs are possible."""
         overrides = self.config.hydra.overrides
-        own = ("hydra.sweep.dir=", "hydra.mode=")
-        given = [str(o) for o in (*overrides.task, *overrides.hydra)]
-        note_command(self.path, [override for override in given if not override.startswith(own)])
+        own = ("hydra.sweep.dir", "hydra.mode")
+        given = [o for o in (*overrides.task, *overrides.hydra) if key_of(o) not in own]
+        command = whole_command(self.config.hydra, given)
+        keys = {key_of(override) for override in command}
+        for name, path in self.config.paths.items():  # of the environment, which may be another
+            if f"paths.{name}" not in keys:
+                command.append(quoted(f"paths.{name}", str(place(path))))
+        note_command(self.path, command)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        console.print(f"sweep     {len(job_overrides)} jobs in {self.path}", markup=False)
+        console.print(f"sweep     {len(job_overrides)} jobs in {self.path}")
         composed = [self.compose(overrides) for overrides in job_overrides]  # or none is run
         with self.locked():
             self.note_command()
@@ -127,24 +145,31 @@ class SweepLauncher(Launcher):
             del config["hydra"]
         plain = check(config)
         self.runner.check(plain["trainer"])
-        return plain, list(hydra.overrides.task), chosen_options(hydra.runtime.choices)
+        overrides = whole_command(self.config.hydra, hydra.overrides.task)
+        return plain, overrides, chosen_options(hydra.runtime.choices)
 
     def queue(
         self, number: int, config: dict[str, Any], overrides: list[str], choices: dict[str, Any]
     ) -> Job:
         """Its run folder: of an earlier start of this sweep, or a new one."""
-        common = set(self.config.hydra.overrides.task)
-        swept = [o for o in overrides if o not in common]
+        swept = [o for o in overrides if o not in self.common]
         if self.earlier is None:
             self.earlier = {}
             for path in sorted(run_folders(self.path)):
                 self.earlier.setdefault(_identity(read_run(path).config), []).append(path)
+        source = sweep.read_from
+        trusted = source is None
+        if source is not None:  # whoever wrote it must not say what is run
+            require_trusted(config, source)
         if found := self.earlier.get(_identity(config)):
             folder = RunFolder.open(found.pop(0))
+            # Not only the copy in run.json, which it was found by.
+            own = read_yaml_mapping(folder.path / "config.yaml")
+            trusted = trusted and _identity(own) == _identity(config)
         else:
-            name = run_name(choices.get("experiment"), swept, config["seed"])
+            name = run_name(config, choices.get("experiment"), swept)
             folder = RunFolder.create(self.path, name, config, overrides, choices, job=number)
-        return Job(number, " ".join(swept), folder)
+        return Job(number, " ".join(swept), folder, trusted)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -158,6 +183,7 @@ class SweepLauncher(Launcher):
         except Timeout as error:
             raise ValueError(f"another process is running the sweep in {self.path}") from error
         try:
+            remove_leftovers(self.path)
             yield
         finally:
             self.lock.release()
@@ -182,17 +208,17 @@ class SweepLauncher(Launcher):
         if skipped:
             console.print(f"sweep     {skipped} of {total} jobs have ended earlier")
         running: list[Job] = []
-        with StopSignals().handled() as stop, progress.shown(live=self.runner.quiet):
-            try:
+        try:
+            with StopSignals().handled() as stop, progress.shown(live=self.runner.quiet):
                 self._run(iter(jobs), running, progress, ended, stop)
-            except BaseException as error:
-                self.runner.stop(running)
-                if isinstance(error, Preempted):
-                    print(summarise(self.path), end="")
-                    print(f"{error}; to go on: graft resume {self.path}")
-                    if outcome := requeue(stop.received):
-                        print(outcome)
-                raise
+        except BaseException as error:
+            self.runner.stop(running)  # which a second signal cuts short
+            if isinstance(error, Preempted):
+                print(summarise(self.path), end="")
+                print(f"{error}; to go on: graft resume {self.path}")
+                if outcome := requeue(error.signum):
+                    print(outcome)
+            raise
         print(summarise(self.path), end="")
         if progress.failed:
             print(f"again     graft resume {self.path} retries {len(progress.failed)} jobs")
@@ -240,5 +266,8 @@ class SweepLauncher(Launcher):
 
 
 def _identity(config: dict[str, Any]) -> str:
-    """Equal for jobs of the same result, wherever data and caches lie."""
-    return json.dumps({k: v for k, v in config.items() if k != "paths"}, sort_keys=True)
+    """Equal for jobs of the same result, wherever caches lie."""
+    values = {key: value for key, value in leaves(config) if not key.startswith("paths.")}
+    values.pop("data.source.cache", None)
+    values.pop("data.source.download", None)
+    return json.dumps(values, sort_keys=True)

@@ -1,58 +1,154 @@
-"""What a command that comes after training reads from a run folder."""
+"""What a command that comes after training reads from a run folder, whoever wrote it."""
 
 from __future__ import annotations
 
-import json
-import pickle
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from graft.config import check
+from graft.config import check_values, leaves, set_leaf
+from graft.objects import require_trusted, trusts_all
+from graft.overrides import is_path, own_cache, place
+from graft.reading import read_yaml_mapping, read_yaml_texts
 from graft.runs.folder import FORMAT
+from graft.runs.run_json import read_record
+
+CONFIG = "config.yaml"
+OF_WANDB = re.compile(r"wandb/(offline-)?run-[^/]+/logs/debug[\w-]*\.log")  # its own
 
 
 def read_run(run: Path) -> tuple[dict[str, Any], str]:
     """The resolved config and the status of a run folder."""
-    if not (run / "config.yaml").is_file() or not (run / "run.json").is_file():
+    if not (run / CONFIG).is_file() or not (run / "run.json").is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml and run.json")
-    try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{run / 'run.json'} is damaged: {error}") from error
-    if (found := record.get("format", FORMAT)) > FORMAT:
+    record = read_record(run)
+    if record["format"] > FORMAT:
         raise ValueError(
-            f"{run} was written by a newer graft (format {found}, this one knows {FORMAT}): update"
+            f"{run} was written by a newer graft (format {record['format']}, this one knows "
+            f"{FORMAT}): update"
         )
-    config = OmegaConf.load(run / "config.yaml")
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{run / 'config.yaml'} is damaged: not a mapping")
-    return check(config), record["status"]
+    return read_config(run), str(record.get("status"))
+
+
+def read_config(run: Path, *, trusted: bool = False) -> dict[str, Any]:
+    """The resolved config of a run folder that can be worked in.
+
+    Args:
+        trusted: it is that of one's own command line.
+
+    Raises:
+        ValueError: it is damaged, or names code that is not to be run, or the folder leads out of
+            itself.
+    """
+    require_closed(run)
+    config = read_yaml_mapping(run / CONFIG)
+    if "${" in str(config):
+        raise ValueError(f"{run / CONFIG} is damaged: it holds ${{...}}, and a run's is resolved")
+    with damaged(run / CONFIG):
+        check_values(config)
+    if not trusted:
+        require_trusted(config, run / CONFIG)
+    if not trusted and not trusts_all():  # nothing is written where the file says
+        for key, value in list(leaves(config)):
+            if key.endswith(".cache") and is_path(key, value):
+                set_leaf(config, key, str(place(own_cache())))
+            elif key == "data.source.download":
+                set_leaf(config, key, False)
+    return config
+
+
+def read_overrides(run: Path) -> list[str]:
+    return read_yaml_texts(run / "overrides.yaml")
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Errors of what lacks a part, or has one of another type, as one line with the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path} is damaged ({reason})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def require_closed(folder: Path) -> None:
+    """Whatever is written in a folder that others made stays in it.
+
+    Raises:
+        ValueError: there is a link in it that leads out, or something that is no file.
+    """
+    top = os.path.realpath(folder)
+    for below, folders, files in os.walk(top):
+        for name in (*folders, *files):
+            path = os.path.join(below, name)  # noqa: PTH118 (ten times a Path's speed)
+            try:
+                status = os.lstat(path)
+            except FileNotFoundError:  # a running run has renamed it
+                continue
+            mode = status.st_mode
+            if stat.S_ISLNK(mode):
+                inside = os.path.realpath(path).startswith(top + os.sep)
+                if not inside and not OF_WANDB.fullmatch(os.path.relpath(path, top)):
+                    raise ValueError(
+                        f"{path} is a link that leads out of the run folder: remove it"
+                    )
+            elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                from graft.data.decode import why_no_file
+
+                raise ValueError(f"{path} is {why_no_file(status)}: remove it")
 
 
 def checkpoint_path(run: Path, config: dict[str, Any], status: str, ckpt: str) -> Path:
     if ckpt not in ("best", "last"):
-        path = Path(ckpt).expanduser()
+        path = place(ckpt)
         if not path.is_file():
             raise ValueError(f"--ckpt {ckpt}: no such file; or give best or last")
         return path
-    path = run / "checkpoints" / [*config["transfer"]["stages"]][-1] / f"{ckpt}.ckpt"
+    path = run.resolve() / "checkpoints" / [*config["transfer"]["stages"]][-1] / f"{ckpt}.ckpt"
     if not path.is_file():
         others = sorted(str(other) for other in run.glob("checkpoints/*/*.ckpt"))
         hint = f"; there is --ckpt {' or '.join(others)}" if others else ""
-        raise ValueError(f"{run} (status {status}) has no {path.relative_to(run)}{hint}")
+        name = path.relative_to(run.resolve())
+        raise ValueError(f"{run} (status {status}) has no {name}{hint}")
     return path
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint of graft: of the types that ours have, as far as we read it ourselves.
+
+    Raises:
+        ValueError: it is torn, or something else.
+    """
     import torch
+    from torch import Tensor
 
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # of a damaged file, torch raises almost any
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is torn, unreadable or no checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict) or "classes" not in checkpoint.get("graft", {}):
+    note = checkpoint.get("graft") if isinstance(checkpoint, dict) else None
+    if not isinstance(note, dict) or "classes" not in note:
         raise ValueError(f"{path} is no checkpoint of graft: it does not name its classes")
+    with damaged(path):
+        state = checkpoint["state_dict"]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        counts = [
+            progress["total"]["started"], progress["current"]["processed"],
+            checkpoint["global_step"],
+        ]  # fmt: skip
+        if not (
+            isinstance(note["classes"], list)
+            and all(isinstance(name, str) for name in [*note["classes"], note["stage"], *state])
+            and all(isinstance(value, Tensor) for value in state.values())
+            and all(isinstance(count, int) for count in counts)
+            and isinstance(note["config"], dict)
+        ):
+            raise TypeError("a part of it is of another type")
     return checkpoint

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from graft.runs.groups import ABSENT, Comparison, Group
+from graft.fonts import drawable
+from graft.names import visible
+from graft.reading import read_csv
+from graft.runs.groups import Comparison, Group, settings
 from graft.runs.records import Run
 from graft.runs.tables import heading, interval, percent
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEGEND = 20  # groups that a legend can name
+HALF = 30  # letters that are left of either end of a long name
 
 
 def draw(comparison: Comparison, metric: str, path: Path) -> None:
@@ -23,21 +27,34 @@ def draw(comparison: Comparison, metric: str, path: Path) -> None:
     Raises:
         ValueError: the file's ending names no format of pictures.
     """
+    from matplotlib import font_manager, ft2font, rc_context
+
+    groups = comparison.groups
+    texts, usual = settings(comparison.columns, [group.values for group in groups])
+    title = f"settings of most: {usual}" if usual else ""
+    (title, *names), fonts = zip(*map(drawable, [title, *texts]), strict=True)
+    families = ["DejaVu Sans"]
+    for font in {font for font in fonts if font}:
+        font_manager.fontManager.addfont(font)
+        families.append(ft2font.FT2Font(str(font)).family_name)
+    with rc_context({"font.family": families, "text.parse_math": False}):  # $ is a letter
+        _draw(groups, names, metric, title, path)
+
+
+def _draw(
+    groups: Sequence[Group], names: Sequence[str], metric: str, title: str, path: Path
+) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: it looks for a display
 
-    groups = comparison.groups
     height = max(4.0, 1.5 + 0.3 * len(groups))
     figure = Figure(figsize=(13, min(height, 100)), layout="constrained")
     curves, bars = figure.subplots(1, 2)
     curve = metric.replace("test/", "val/", 1)
-    names = [
-        ", ".join(f"{k.rpartition('.')[2]}={g.values.get(k, ABSENT)}" for k in comparison.columns)
-        for g in groups
-    ]
+    names = [n if len(n) <= 2 * HALF else f"{n[:HALF]}...{n[-HALF:]}" for n in names]
     colours = colormaps["viridis"].resampled(len(groups))
     for place, (group, name) in enumerate(zip(groups, names, strict=True)):
-        _curve(curves, group, curve, colours(place), name or "all")
+        _curve(curves, group, curve, colours(place), name)
         _bar(bars, group, metric, place, colours(place))
     curves.set(xlabel="step", ylabel=heading(curve), title="mean ± standard deviation over seeds")
     if len(groups) <= LEGEND:
@@ -46,13 +63,19 @@ def draw(comparison: Comparison, metric: str, path: Path) -> None:
     bars.invert_yaxis()
     bars.set(xlabel=heading(metric), title="mean and 95 % interval; dots are runs")
     bars.margins(x=0.1)
+    figure.suptitle(title, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
 def _curve(axes: Axes, group: Group, metric: str, colour: object, name: str) -> None:
     values: dict[int, list[float]] = {}
     for run in group.runs.values():
-        for step, value in learning_curve(run, metric).items():
+        try:
+            curve = learning_curve(run, metric)
+        except (OSError, ValueError) as error:
+            print(f"note: no curve of {visible(str(error))}")
+            continue
+        for step, value in curve.items():
             values.setdefault(step, []).append(value * (100 if percent(metric) else 1))
     steps = sorted(values)
     means = [fmean(values[step]) for step in steps]
@@ -77,9 +100,11 @@ def _bar(axes: Axes, group: Group, metric: str, place: int, colour: object) -> N
 
 def learning_curve(run: Run, metric: str) -> dict[int, float]:
     """Values of a metric by step, from `metrics.csv`; none where nothing was logged."""
-    try:
-        with (run.path / "metrics.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get(metric)]
-    except FileNotFoundError:  # logger=null
+    file = run.path / "metrics.csv"
+    if not file.exists():  # logger=null
         return {}
-    return {int(row["step"]): float(row[metric]) for row in rows}
+    rows = [row for row in read_csv(file) if row.get(metric)]
+    try:
+        return {int(row["step"]): float(row[metric]) for row in rows}
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: its steps or {metric} are not numbers") from error

@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from graft.config import POSITIVE_INT, explain
+from graft.checks import POSITIVE_INT
+from graft.config import explain
+from graft.console import console
+from graft.objects import EVERYTHING, TRUST
 from graft.runs.launch import Job
-from graft.runs.progress import console
-from graft.signals import SIGNALS
+from graft.signals import handled_by
+from graft.watch import PARENT
 
 # What tells a process that it is a rank, or a task of SLURM: of whoever started the sweep.
 RANK = re.compile(
@@ -107,13 +110,14 @@ class Processes:
 
     def spawn(self, job: Job, environment: dict[str, str]) -> None:
         path = job.folder.path
+        trust = {TRUST: EVERYTHING} if job.trusted else {}
         with (path / "output.log").open("ab") as log:
             self.processes[job.number] = subprocess.Popen(
                 [sys.executable, "-m", "graft.runs.resume", str(path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**environment, "PYTHONUNBUFFERED": "1"},
+                env={**environment, **trust, "PYTHONUNBUFFERED": "1", PARENT: str(os.getpid())},
                 start_new_session=True,
             )
 
@@ -140,13 +144,14 @@ class Processes:
 
         if processes:
             console.print(f"stopping  {len(processes)} jobs, which save; again to end them at once")
-        for signum in SIGNALS:
-            signal.signal(signum, kill)
-        for _, process in processes:
-            process.terminate()
-        for job, process in processes:
-            process.wait()
-            job.settle("stopped with the sweep, before it could save", "preempted")
+        with handled_by(kill):
+            for _, process in processes:
+                process.terminate()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGCONT)  # one that is stopped could not save
+            for job, process in processes:
+                process.wait()
+                job.settle("stopped with the sweep, before it could save", "preempted")
 
 
 class InProcess(Processes):
@@ -171,13 +176,14 @@ class InProcess(Processes):
         from graft.runs.resume import go_on
 
         self.busy = True
-        console.print(f"\njob {job.number + 1}: {job.label}", markup=False)
+        console.print()
+        console.print(f"job {job.number + 1}: {job.label}")
         if job.trainer["strategy"] != "auto" or ranks(job.trainer) != 1:
-            console.print(f"its own processes; see {job.folder.path}/output.log", markup=False)
+            console.print(f"its own processes; see {job.folder.path}/output.log")
             self.spawn(job, own_environment())
             return True
         try:
-            go_on(job.folder.path)
+            go_on(job.folder.path, trusted=job.trusted)
             reason = ""
         except Exception as error:  # whatever it is, the next job is another one
             reason = explain(error)

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.status import Status
 
+from graft.console import console
 from graft.runs.folder import FINAL
 
 SHOWN = ("val/acc", "test/acc")
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 class Progress:
@@ -56,11 +54,11 @@ class Progress:
             if name in record["metrics"]
         ]
         if status not in FINAL:
-            what = [record.get("error") or "another process is at it"]
+            what = [" ".join((record.get("error") or "another process is at it").split())]
             self.failed.append(label)
         seconds = f"{record['seconds']:.1f} s" if "seconds" in record else ""
         text = "  ".join([f"[{self.count()}]", f"{status:<9}", label, *what, seconds])
-        console.print(text, self.rest(running), markup=False)
+        console.print(text, self.rest(running))
 
     def rest(self, running: int) -> str:
         """(1 failed, 2 running, 0:04:10 left)"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from graft.config import leaves
+from graft.reading import read_yaml_mapping
 from graft.runs.folder import FORMAT
+from graft.runs.run_json import SHAPES, read_record
 
-IGNORED = ("seed", "paths", "logger")  # config keys that make no other experiment
+# Config keys that make no other experiment: no result depends on them.
+IGNORED = (
+    "seed", "tags", "paths", "logger", "data.num_workers", "data.pin_memory",
+    "data.eval_batch_size", "data.source.cache", "data.source.download",
+    "trainer.log_every_n_steps", "trainer.checkpoint_every_n_steps",
+    "trainer.checkpoint_every_n_minutes",
+)  # fmt: skip
+PLACES = ("data.root", "data.source.root")  # likewise, if it is known what lies there
 FACTS = ("status", "host", "device", "git_commit", "train_images")  # of run.json, to filter by
 
 
@@ -57,16 +67,46 @@ class Run:
         """All there is to filter and group by: options of groups, config keys, facts."""
         choices = {k: text(v) for k, v in (self.record.get("choices") or {}).items()}
         facts = {key: text(self.record.get(key)) for key in FACTS}
-        return {**facts, **choices, **self.leaves, "status": self.status}
+        return {**facts, **choices, **self.leaves, **self.contents, "status": self.status}
+
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """What the images and weights were that the run names by their places, if it recorded it:
+        the start of a digest of them.
+        """
+        data = self.record.get("data") or {}
+        splits = [[name, split.get("digest")] for name, split in sorted(data.items())]
+        found = (
+            {"data.digest": hashlib.sha256(json.dumps(splits).encode()).hexdigest()} if data else {}
+        )
+        if digest := (self.record.get("weights") or {}).get("digest"):
+            found["backbone.weights.digest"] = str(digest)
+        return {key: digest[:8] for key, digest in found.items()}
 
     @cached_property
     def identity(self) -> tuple[tuple[str, str], ...]:
-        """Equal for runs that differ by nothing but the seed."""
-        return tuple(
-            (key, value)
-            for key, value in sorted(self.leaves.items())
-            if key.split(".")[0] not in IGNORED
-        )
+        """Equal for runs that differ by nothing but the seed, and what no result depends on."""
+        skipped = [*IGNORED, *(PLACES if "data.digest" in self.contents else ())]
+        if (
+            "/" in self.leaves.get("backbone.weights", "")
+            and "backbone.weights.digest" in self.contents
+        ):
+            skipped.append("backbone.weights")
+        known = {
+            key: value
+            for key, value in self.leaves.items()
+            if key not in skipped and key.split(".")[0] not in skipped
+        }
+        known |= self.contents
+        if "train_images" in self.record:
+            known["train_images"] = text(self.record["train_images"])
+        return tuple(sorted(known.items()))
+
+    def has(self, key: str, values: Sequence[str]) -> bool:
+        """Whether it has one of these values of a key; one of these tags."""
+        if key == "tags":
+            return any(text(tag) in values for tag in self.config.get("tags") or [])
+        return self.values.get(key, "-") in values
 
     @property
     def overridden(self) -> list[str]:
@@ -82,19 +122,19 @@ class Run:
 
 
 def text(value: Any) -> str:
-    """As one types it; equal for equal numbers, however they were typed."""
+    """As one types it; equal for equal numbers. A text stays what it is: 007 is not 07."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list):
         return "[" + ",".join(text(item) for item in value) + "]"
-    number = as_number(value)
+    number = None if isinstance(value, str) else as_number(value)
     return str(value) if number is None else repr(number).removesuffix(".0")
 
 
 def as_number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -123,27 +163,20 @@ def run_folders(top: Path) -> Iterator[Path]:
 
 
 def read_run(path: Path) -> Run:
+    """A run, of which `problem` says why its record cannot be read: one odd file must not end the
+    comparison of a thousand.
+    """
     try:
-        record = json.loads((path / "run.json").read_bytes())
-        if not isinstance(record, dict) or "format" not in record:
-            return Run(path, {}, {}, "run.json is not that of a run")
+        record = read_record(path)
         if record["format"] > FORMAT:
             written = f"written by a newer graft (format {record['format']}, this one: {FORMAT})"
             return Run(path, record, {}, f"{written}: update graft")
-        config = record.get("config") or _config_file(path)
+        config = record.get("config") or read_yaml_mapping(path / "config.yaml")
+        if not SHAPES["config"](config):
+            return Run(path, {}, {}, "config.yaml is damaged: a group of it is no mapping")
     except (OSError, ValueError) as error:
-        return Run(path, {}, {}, " ".join(str(error).split()))
+        return Run(path, {}, {}, " ".join(str(error).replace(f"{path}{os.sep}", "").split()))
     return Run(path, record, config)
-
-
-def _config_file(path: Path) -> dict[str, Any]:
-    """Of runs whose record has no copy of it."""
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        return yaml.load((path / "config.yaml").read_bytes(), yaml.CSafeLoader) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config.yaml: {error}") from error
 
 
 def known(name: str, names: Sequence[str], what: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -11,9 +10,13 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.config import CONFIGS, check, leaves
+from graft.config import CONFIGS, check, leaves, moved, set_leaf
+from graft.objects import add_trust
+from graft.overrides import PLACES, key_of, path_of
 from graft.runs.folder import FINAL, RunFolder
-from graft.runs.sweep import SWEEP, start_again
+from graft.runs.open import damaged, read_checkpoint, read_config, read_overrides, require_closed
+from graft.runs.run_json import read_record
+from graft.runs.sweep import SWEEP, require_harmless, start_again
 from graft.signals import slurm_job
 from graft.startup import import_libraries, is_first_process
 from graft.train import entry, recorded
@@ -28,7 +31,7 @@ FREE = re.compile(
     r"trainer\.(max_epochs|accelerator|log_every_n_steps|checkpoint_every_n_(steps|minutes))"
     r"|transfer\.stages\.[^.]+\.epochs"
     r"|data\.(num_workers|pin_memory|resident|eval_batch_size)"
-    r"|paths\.\w+"
+    r"|paths\.\w+|data\.(root|source\.(root|cache|download))"  # data is checked by content
 )
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 REASONS = {
@@ -49,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="its folder, or that of a sweep")
     parser.add_argument("overrides", nargs="*", default=[], help="like trainer.max_epochs=20")
+    add_trust(parser)
     arguments = parser.parse_args()
     if (arguments.run / SWEEP).is_file():
         start_again(arguments.run, arguments.overrides)
@@ -56,8 +60,11 @@ def main() -> None:
         go_on(arguments.run, arguments.overrides)
 
 
-def go_on(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+def go_on(path: Path, overrides: Sequence[str] = (), *, trusted: bool = False) -> dict[str, float]:
     """Run what is left of the run in this folder, everything of one that is queued.
+
+    Args:
+        trusted: its config is that of one's own command line.
 
     Returns its metrics, also of one that is done.
     """
@@ -66,6 +73,7 @@ def go_on(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
         raise ValueError(f"{path} has ended, so {' '.join(overrides)} cannot change: train anew")
     if is_done(folder):
         return folder.record["metrics"]
+    require_closed(path)  # before anything in it is locked, cleaned up or written
     import_libraries()
 
     # What Lightning starts as further ranks of this command reads what the first one has written.
@@ -75,12 +83,13 @@ def go_on(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
             folder = RunFolder.open(path)
             if is_done(folder):  # by whom we waited for
                 return folder.record["metrics"]
-        config = changed(folder, overrides)
+        config = changed(folder, overrides, trusted=trusted)
         heard = first and folder.record["status"] != "queued"
         resumed = progress(folder, config, tell=print if heard else lambda text: None)
         if first:
-            folder.write("config.yaml", config)
-            folder.write("overrides.yaml", [*folder.read("overrides.yaml"), *overrides])
+            if overrides:
+                folder.write("config.yaml", config)
+                folder.write("overrides.yaml", [*read_overrides(folder.path), *overrides])
             (folder.path / "error.log").unlink(missing_ok=True)
             folder.update(config=config)
         return recorded(config, folder if first else None, resumed)
@@ -93,7 +102,7 @@ def run_of_this_job(logs: Path, overrides: Sequence[str]) -> Path | None:
         return None
     for path in sorted(logs.glob("*/run.json"), reverse=True):
         with suppress(ValueError, OSError):  # not what we look for
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_record(path.parent)
             if (record.get("slurm_job"), record.get("overrides")) == (job, list(overrides)):
                 return path.parent
     return None
@@ -108,24 +117,36 @@ def is_done(folder: RunFolder) -> bool:
     return True
 
 
-def changed(folder: RunFolder, overrides: Sequence[str]) -> dict[str, Any]:
+def changed(
+    folder: RunFolder, overrides: Sequence[str], *, trusted: bool = False
+) -> dict[str, Any]:
     """The run's config with overrides that can be made while it goes on.
 
     Raises:
         ValueError: another one, with the reason.
     """
-    config = folder.read("config.yaml")
+    # In this order: the first rank writes the config, then its overrides, while others read.
+    before = read_overrides(folder.path)
+    config = read_config(folder.path, trusted=trusted)
+    for override in overrides:
+        if override.startswith("~"):
+            raise ValueError(f"{override}: a resumed run keeps its keys; change one by KEY=VALUE")
+    places = [override for override in overrides if PLACES.fullmatch(key_of(override))]
+    for override in places:
+        config = moved(config, key_of(override), path_of(override))
+    overrides = [override for override in overrides if override not in places]
     if not overrides:
         return config
     for override in overrides:
-        if _key(override) in REASONS:  # what is set within it may not fit another choice
-            refuse(_key(override))
-    before = folder.read("overrides.yaml")
-    asked = {_key(override) for override in overrides}
+        if key_of(override) in REASONS:  # what is set within it may not fit another choice
+            refuse(key_of(override))
+    asked = {key_of(override) for override in overrides}
+    source = folder.path / "overrides.yaml"
+    require_harmless([o for o in before if o not in overrides], source)  # or typed again
     # The config of the run is resolved: what an override leads to is what it changes in the
     # config that is composed anew.
     old = dict(leaves(_composed(before)))
-    new = dict(leaves(_composed([o for o in before if _key(o) not in asked] + list(overrides))))
+    new = dict(leaves(_composed([o for o in before if key_of(o) not in asked] + list(overrides))))
     done = {f"transfer.stages.{stage['name']}.epochs" for stage in folder.record["stages"]}
     for key in sorted(old.keys() | new.keys()):
         if key in old and key in new and repr(old[key]) == repr(new[key]):  # 1 batch is not 1.0
@@ -133,7 +154,7 @@ def changed(folder: RunFolder, overrides: Sequence[str]) -> dict[str, Any]:
         if key in done and key not in asked:
             continue  # it follows another key, and has its epochs behind it
         refuse(key, done)
-        _set(config, key, new[key])
+        set_leaf(config, key, new[key])
     return config
 
 
@@ -146,10 +167,6 @@ def refuse(key: str, done: Collection[str] = ()) -> None:
         raise ValueError(f"{key} cannot change in a resumed run: {reason}; start a new run with it")
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
 def _composed(overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -159,29 +176,24 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
         return check(compose("train", overrides))
 
 
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        config = config[parent]
-    config[last] = value
-
-
 def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -> Resumed:
     """How far the run came: its stages done, and the checkpoint of the one after them."""
-    import torch
-
+    from graft.data.items import SplitRecord
     from graft.transfer.checkpoint import is_whole
     from graft.transfer.results import Resumed, StageResult
 
+    names = list(config["transfer"]["stages"])
     done = [StageResult.recorded(record, folder.path) for record in folder.record["stages"]]
+    if [result.name for result in done] != names[: len(done)]:
+        raise ValueError(f"{folder.path / 'run.json'} is damaged: its stages are not the plan's")
     for result in done:
         if not is_whole(result.best_checkpoint):
             raise ValueError(
                 f"{result.best_checkpoint} is missing or damaged, and stage {result.name} cannot "
                 "be skipped without it: start a new run"
             )
-    resumed = Resumed(done, step=sum(result.steps for result in done))
-    names = list(config["transfer"]["stages"])
+    splits = SplitRecord.read(folder.path)
+    resumed = Resumed(done, step=sum(result.steps for result in done), splits=splits)
     if len(done) == len(names):
         tell(f"resuming  {folder.path}: all stages are done, the test is not")
         return resumed
@@ -190,10 +202,13 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
     path = None
     if stage.get("solver", "sgd") == "sgd":
         path = usable(folder.path / "checkpoints" / name, tell)
+    if path is not None and (lost := lost_best(path)):
+        tell(f"note: {lost} is missing or damaged, and what was best is in no other file")
+        path = None
     if path is None:
         tell(f"resuming  {folder.path}: stage {name} from its start")
         return resumed
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(path, mmap=True)
     now = dict(leaves(config))
     for key, value in leaves(checkpoint["graft"]["config"]):
         if repr(now.get(key)) != repr(value):  # somebody has edited config.yaml
@@ -203,10 +218,23 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
         raise ValueError(
             f"transfer.stages.{name}.epochs={stage['epochs']}: {epochs} are behind it already"
         )
+    if splits is None:
+        tell("note: this run did not record its images, so they are taken to be unchanged")
     resumed.checkpoint = path
     resumed.step += checkpoint["global_step"]
     tell(f"resuming  {folder.path}: stage {name} after {epochs} epochs, step {resumed.step}")
     return resumed
+
+
+def lost_best(last: Path) -> Path | None:
+    """The best checkpoint of the stage so far, if there was one and it cannot be used."""
+    from graft.transfer.checkpoint import BEST, is_whole
+
+    checkpoint = read_checkpoint(last, mmap=True)
+    with damaged(last):
+        had = any(state.get("best_model_path") for state in checkpoint["callbacks"].values())
+    best = last.with_name(BEST)
+    return best if had and not is_whole(best) else None
 
 
 def usable(stage: Path, tell: Tell = print) -> Path | None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.config import POSITIVE_INT
+from graft.checks import POSITIVE_INT
+from graft.console import console
 from graft.runs.launch import Job
 from graft.runs.processes import ranks
-from graft.runs.progress import console
 
 DELAY_SECONDS = 120  # between SLURM's warning and its time limit: to save in
 
@@ -61,7 +61,7 @@ class Slurm:
             stderr_to_stdout=True,
             **self.options,
         )
-        self.submitted[job.number] = executor.submit(resume, str(job.folder.path))
+        self.submitted[job.number] = executor.submit(resume, str(job.folder.path), job.trusted)
         return True
 
     def has_ended(self, job: Job) -> bool:
@@ -79,9 +79,9 @@ class Slurm:
             console.print(f"note: {len(left)} jobs stay with SLURM; to cancel: scancel {names}")
 
 
-def resume(path: str) -> None:
+def resume(path: str, trusted: bool = False) -> None:
     """In a task of SLURM."""
     from graft.runs.resume import go_on
     from graft.train import entry
 
-    entry(lambda: go_on(Path(path)))
+    entry(lambda: go_on(Path(path), trusted=trusted))

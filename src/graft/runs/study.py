@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from graft.config import make
+from graft.console import console
+from graft.disk import write_atomically
+from graft.objects import make, require_trusted
+from graft.reading import read_bytes
+from graft.runs import sweep
 from graft.runs.launch import Job, SweepLauncher
-from graft.runs.progress import console
 from graft.runs.sweep import failures
 from graft.signals import Pruned
 
@@ -31,14 +35,38 @@ FILE = "optuna.log"
 
 def open_study(sweep: Path, **keywords: Any) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(sweep / FILE)))
-    return optuna.create_study(
-        storage=storage,
-        study_name="graft",
-        direction="maximize",
-        load_if_exists=True,
-        **keywords,
-    )
+    try:
+        storage = JournalStorage(JournalFileBackend(str(sweep / FILE)))
+        return optuna.create_study(
+            storage=storage,
+            study_name="graft",
+            direction="maximize",
+            load_if_exists=True,
+            **keywords,
+        )
+    except Exception as error:  # of a damaged file, Optuna raises almost any
+        raise ValueError(
+            f"{sweep / FILE} is damaged ({' '.join(str(error).split())}): move it away, and "
+            "the runs of the sweep stay"
+        ) from error
+
+
+def mend(path: Path) -> None:
+    """Leave out lines that a process could not finish: Optuna reads nothing after such a one."""
+    if not path.exists():
+        return
+    lines = read_bytes(path, 1 << 30).splitlines(keepends=True)
+    whole = [line for line in lines if _is_record(line)]
+    if whole != lines:
+        console.print(f"note: {len(lines) - len(whole)} torn lines of {path} are left out")
+        write_atomically(path, b"".join(whole))
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def search(
@@ -64,9 +92,12 @@ def search(
             fixed[key] = override.get_value_element_as_str()
     with launcher.locked():
         launcher.note_command()
+        mend(launcher.path / FILE)
         study = open_study(launcher.path)
         if seed is not None:  # or a study that goes on would draw what it drew before
             seed += len(study.trials)
+        if sweep.read_from is not None:
+            require_trusted({"sampler": sampler}, sweep.read_from)
         study.sampler = make(sampler, seed=seed)
         ended = sum(trial.state.is_finished() for trial in study.trials)
 
@@ -97,7 +128,7 @@ def search(
                     if not isinstance(error, ValueError):
                         raise
                     failures.append(f"trial {trial.number}: {error}")
-                    console.print(f"failed    {failures[-1]}", markup=False)
+                    console.print(f"failed    {failures[-1]}")
                 else:
                     yield found
 
@@ -111,7 +142,7 @@ def search(
         if study.get_trials(states=[TrialState.COMPLETE]):
             best = study.best_trial
             values = " ".join(f"{key}={value}" for key, value in best.params.items())
-            print(f"best      val/acc {100 * study.best_value:.2f} %: {values}")
+            console.print(f"best      val/acc {100 * study.best_value:.2f} %: {values}")
 
 
 def distribution(override: Override) -> BaseDistribution:
@@ -148,11 +179,12 @@ class Prune(L.Callback):
         best = None
         if trainer.is_global_zero:
             run = Path(trainer.checkpoint_callback.dirpath).parents[1]  # type: ignore
-            study = open_study(run.parent, pruner=self.pruner)
-            trial = Trial(study, study.trials[self.number]._trial_id)
-            trial.report(float(trainer.callback_metrics["val/acc"]), epoch)
-            if trial.should_prune():
-                best = max(study.trials[self.number].intermediate_values.values())
+            if (run.parent / FILE).exists():  # or the run was moved: nothing is made beside it
+                study = open_study(run.parent, pruner=self.pruner)
+                trial = Trial(study, study.trials[self.number]._trial_id)
+                trial.report(float(trainer.callback_metrics["val/acc"]), epoch)
+                if trial.should_prune():
+                    best = max(study.trials[self.number].intermediate_values.values())
         best = trainer.strategy.broadcast(best)
         if best is not None:
             raise Pruned(epoch, best)

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
+from graft.config import CONFIGS, leaves
+from graft.disk import create_exclusively, write_atomically
+from graft.names import visible
+from graft.reading import read_yaml_texts
+
 SWEEP = "sweep.yaml"
 
+# What a sweep's own file may set of Hydra, which runs what its other keys name before we see it:
+# KEY=VALUE, with no new line in a script of SLURM's.
+OF_HYDRA = re.compile(
+    r"(hydra/launcher=(in_process|processes|slurm)"
+    r"|hydra/sweeper=(grid|optuna)"
+    r"|(hydra\.sweeper\.(n_trials|seed|max_batch_size|(sampler|pruner)(\.\w+)*"
+    r"|params\.(?!.*(\bhydra\b|\b_[a-z]+_\b))[\w./@+-]+)"
+    r"|hydra\.launcher\.(n_jobs|devices|jobs_per_device|timeout_min|cpus_per_task|mem_gb|cluster"
+    r"|options\.slurm_(account|constraint|partition|qos)))=[\w.,:@+\-\[\] ]*)"
+)
+
+read_from: Path | None = None  # the file that this process has the sweep's overrides from
 failures: list[str] = []  # of the jobs of this process: a job that fails does not end a sweep
 
 
-def make_folder(sweep: Path) -> None:
+def make_folder(sweep: Path, *, exclusively: bool) -> Path:
+    """The folder of a sweep; a new one, `sweep-2` say, where it must be."""
     with _told(sweep):
+        if exclusively:
+            sweep.parent.mkdir(parents=True, exist_ok=True)
+            return create_exclusively(sweep.parent, sweep.name)
         sweep.mkdir(parents=True, exist_ok=True)
+        return sweep
 
 
 def note_command(sweep: Path, overrides: Sequence[str]) -> None:
-    from graft.runs.folder import write_atomically
-
     with _told(sweep):
         write_atomically(sweep / SWEEP, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
 
@@ -33,24 +54,64 @@ def _told(sweep: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"cannot write to the sweep's folder {sweep} ({error.strerror}): set hydra.sweep.dir "
-            "to one you may write to"
+            f"cannot write to the sweep's folder {sweep} ({error.strerror or error}): set "
+            "hydra.sweep.dir to one you may write to"
         ) from error
 
 
 def start_again(sweep: Path, overrides: Sequence[str]) -> None:
     """The same command line, with `overrides` in place of earlier ones: what is done stays."""
+    from graft.overrides import key_of, quoted
+    from graft.runs.open import require_closed
     from graft.train import main
 
-    def key(override: str) -> str:
-        return override.lstrip("+~").partition("=")[0]
+    asked = {key_of(override) for override in overrides}
+    require_closed(sweep)
+    noted = read_yaml_texts(sweep / SWEEP)  # ${...} as it was written
+    before = [o for o in noted if key_of(o) not in asked]
+    require_harmless(before, sweep / SWEEP)
+    global read_from
+    read_from = sweep / SWEEP
+    folder = quoted("hydra.sweep.dir", str(sweep.resolve()))
+    sys.argv[1:] = ["--multirun", *before, *overrides, folder]
+    try:
+        main()
+    finally:
+        read_from = None
 
-    asked = {key(override) for override in overrides}
-    noted: Any = OmegaConf.to_container(OmegaConf.load(sweep / SWEEP))  # ${...} as it was written
-    before = [str(o) for o in noted if key(str(o)) not in asked]
-    folder = str(sweep.resolve()).replace("'", r"\'")
-    sys.argv[1:] = ["--multirun", *before, *overrides, f"hydra.sweep.dir='{folder}'"]
-    main()
+
+def require_harmless(overrides: Sequence[str], source: Path) -> None:
+    """Overrides that a file holds set values of a run, and of Hydra little.
+
+    What else they name is looked at in the configs that they lead to: see `require_trusted`.
+
+    Raises:
+        ValueError: one of them would do more.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from graft.overrides import SEARCHPATH
+
+    parser = OverridesParser.create()
+    for text in overrides:
+        reason = "it is an option" if text.startswith("-") else ""
+        allowed = f"to allow it: graft resume {source.parent} {shlex.quote(text[:1000])}"
+        if not reason:
+            override = parser.parse_override(text)
+            key, package = override.key_or_group, override.package or ""
+            value = override.value()
+            if key == SEARCHPATH:
+                reason = f"Hydra runs what configs name before it can be looked at; {allowed}"
+            elif "${" in text + str(value):  # a few lines of them unfold to gigabytes
+                reason = f"${{...}} of a file is not resolved; {allowed}"
+            elif any(re.match(r"hydra(\W|$)", part) for part in (key, package)):
+                pairs = [f"{k}={getattr(v, 'text', v)}" for k, v in leaves(value, key)]
+                known = not package and all(map(OF_HYDRA.fullmatch, pairs))
+                reason = "" if known else "it sets more of Hydra than a sweep needs"
+            elif (CONFIGS / key).is_dir() and re.search(r"\.\.|^/", text.partition("=")[2]):
+                reason = "it chooses a file outside of the configs"
+        if reason:
+            raise ValueError(visible(f"{source}: {text[:200]} is not used: {reason}"))
 
 
 def summarise(sweep: Path) -> str:
@@ -61,9 +122,9 @@ def summarise(sweep: Path) -> str:
     `table.csv` its numbers, a row for each cell.
     """
     from graft.runs.compare import metric_names
-    from graft.runs.folder import write_atomically
     from graft.runs.groups import grouped
     from graft.runs.records import read_run, run_folders
+    from graft.runs.table import terminal_width
     from graft.runs.tables import group_table, left_out, pivot_tables, run_table
 
     runs = [read_run(path) for path in run_folders(sweep)]
@@ -89,5 +150,5 @@ def summarise(sweep: Path) -> str:
         write_atomically(sweep / "table.md", text)
         write_atomically(sweep / "table.csv", table.csv())
         written += ", table.md, table.csv"
-    lines += [table.plain() for table in tables]
+    lines += [table.plain(terminal_width()) for table in tables]
     return "\n".join([*lines, f"written   {written}; more: graft compare {sweep}"]) + "\n"

@@ -68,13 +68,12 @@ def group_table(
     The first metric also gets its 95 % interval, and is compared with the baseline's.
     """
     groups, first = comparison.groups, metrics[0]
-    columns = _key_columns(comparison.columns, [group.values for group in groups])
-    columns.append(Column("n", ["n"]))
-    for group in groups:
-        columns[-1].add(str(len(group.runs)), len(group.runs))
     notes = [f"mean ± standard deviation over n seeds; 95 % interval of the mean of {first} (t)"]
+    columns, intervals = [], []
     for name in metrics:
-        columns += _metric_columns(name, groups, with_interval=name == first)
+        values, interval = _metric_columns(name, groups)
+        columns.append(values)
+        intervals += [interval] if name == first else []
         if baseline and name == first:
             others = comparison.baselines(baseline)
             columns += _baseline_columns(name, groups, others)
@@ -83,9 +82,14 @@ def group_table(
                 "difference from the baseline, and p of a two-sided paired t-test over common "
                 f"seeds (not corrected for {pairs} comparisons)"
             )
+    columns.append(Column("n", ["n"]))
+    for group in groups:
+        columns[-1].add(str(len(group.runs)), len(group.runs))
+    columns += _key_columns(comparison.columns, [group.values for group in groups])
+    columns += intervals
     for name in COSTS:
         if any(group.numbers(name) for group in groups):
-            columns.append(Column(heading(name), [name]))
+            columns.append(Column(heading(name), [name], is_spare=True))
             for group in groups:
                 columns[-1].add(shown(name, cost(name, group)), cost(name, group))
     if comparison.along:
@@ -94,16 +98,16 @@ def group_table(
 
 
 def _key_columns(keys: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[Column]:
-    columns = [Column(key, [key]) for key in keys]
+    columns = [Column(key, [key], is_key=True) for key in keys]
     for column in columns:
         for values in rows:
             column.add(*[values.get(column.heading, ABSENT)] * 2)
     return columns
 
 
-def _metric_columns(name: str, groups: Sequence[Group], *, with_interval: bool) -> list[Column]:
+def _metric_columns(name: str, groups: Sequence[Group]) -> tuple[Column, Column]:
     names = [f"{name} {what}" for what in ("mean", "sd", "low", "high")]
-    values, intervals = Column(heading(name), names), Column("95 % interval")
+    values, intervals = Column(heading(name), names), Column("95 % interval", is_spare=True)
     for group in groups:
         summary = group.summary(name)
         text = spread(name, summary, len(group.runs))
@@ -114,7 +118,7 @@ def _metric_columns(name: str, groups: Sequence[Group], *, with_interval: bool) 
             low, high = interval(name, summary.mean, summary.half)
             values.add(text, summary.mean, summary.sd, low, high)
             intervals.add(f"[{shown(name, low)}, {shown(name, high)}]")
-    return [values, intervals] if with_interval else [values]
+    return values, intervals
 
 
 def _baseline_columns(
@@ -225,13 +229,20 @@ def key_table(comparison: Comparison) -> Table:
 
 def run_table(runs: Sequence[Run], keys: Sequence[str]) -> Table:
     """A row for each run, whatever became of it."""
-    columns = _key_columns([*keys, "seed", "status", "train_images"], [r.values for r in runs])
-    for name in (*dict.fromkeys(name for run in runs for name in run.metrics), *COSTS):
+    names = [*dict.fromkeys(name for run in runs for name in run.metrics)]
+    names.sort(key=lambda name: (not percent(name), name))  # accuracies first
+    columns: list[Column] = []
+    costs: list[Column] = []
+    for name in (*names, *COSTS):
         numbers = [run.number(name) for run in runs]
         if any(number is not None for number in numbers):
-            columns.append(Column(heading(name), [name]))
+            column = Column(heading(name), [name], is_spare=not percent(name))
+            (costs if name in COSTS else columns).append(column)
             for number in numbers:
-                columns[-1].add(shown(name, number), number)
+                column.add(shown(name, number), number)
+    values = [run.values for run in runs]
+    columns += _key_columns([*keys, "seed", "status"], values)
+    columns += [*costs, *_key_columns(["train_images"], values)]
     for key, texts in (("run", [str(r.path) for r in runs]), ("error", [r.error for r in runs])):
         columns.append(Column(key, [key]))
         for text in texts:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+
+from graft.disk import explained
 
 if TYPE_CHECKING:
     from graft.module import TransferModule
 
+MARK = b"graft crc32 "
+COMMENT_BYTES = 2 + len(MARK) + 8
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
@@ -33,27 +39,53 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.name == LAST and path.exists():
-            path.replace(path.with_name(PREVIOUS))
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into the latter
-        raise OSError(f"cannot write the checkpoint {path}: {error}") from error
+        with explained(path, lambda: tensor_bytes(checkpoint)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w+b") as file:
+                torch.save(checkpoint, file)
+                end = file.tell() - 2  # an archive ends with the length of its comment, 0
+                file.seek(0)
+                file.write(_comment(file, end))
+                file.flush()
+                os.fsync(file.fileno())
+            if path.name == LAST and path.exists():
+                path.replace(path.with_name(PREVIOUS))
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def tensor_bytes(checkpoint: dict[str, Any]) -> int:
+    sizes: list[int] = []
+    apply_to_collection(checkpoint, torch.Tensor, lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)
+
+
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is there, to its end, with the checksums it was written with."""
+    """Whether a checkpoint is there, to its end, with the bytes it was written with.
+
+    The archive's own checksums leave out its directory, which torch and Python read differently.
+    """
     try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
+        with path.open("rb") as file:
+            comment = _comment(file, path.stat().st_size - COMMENT_BYTES)
+            end = file.read()
+        if end == comment or not end.endswith(b"\0\0"):
+            return end == comment
+        with zipfile.ZipFile(path) as archive:  # without one: of an earlier version
+            return archive.testzip() is None
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile):
         return False
+
+
+def _comment(file: BinaryIO, size: int) -> bytes:
+    """The end of an archive, with the checksum of its first `size` bytes, which are read."""
+    crc = 0
+    while size > 0 and (part := file.read(min(size, 1 << 20))):
+        crc, size = zlib.crc32(part, crc), size - len(part)
+    file.seek(file.tell())  # between reading and writing
+    text = MARK + b"%08x" % crc
+    return len(text).to_bytes(2, "little") + text
 
 
 def load_checkpoint(module: TransferModule, path: Path) -> None:

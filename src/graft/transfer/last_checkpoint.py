@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +23,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from graft.loggers import flush
-from graft.signals import Preempted, StopSignals
+from graft.signals import LOST, Preempted, StopSignals
 from graft.transfer.checkpoint import LAST
 
 if TYPE_CHECKING:
@@ -73,8 +75,9 @@ class LastCheckpoint(L.Callback):
         if trainer.world_size > 1 and dist.get_backend() != "gloo":
             self.group = dist.new_group(backend="gloo")  # a host's number needs no device to wait
         if self.resumed is not None:  # other epochs than before: at once the new schedule's rate
-            for config in trainer.lr_scheduler_configs:
-                _apply_schedule(config.scheduler)
+            with restoring(trainer.ckpt_path):
+                for config in trainer.lr_scheduler_configs:
+                    _apply_schedule(config.scheduler)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > 0:
@@ -84,11 +87,12 @@ class LastCheckpoint(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.resumed is not None:  # not earlier: Lightning's own start must not draw from it
-            set_random_states(self.resumed["random"])
-            set_metric_states(pl_module, self.resumed["metrics"])
-            own = _own_statistics(trainer, pl_module)
-            for buffer, saved in zip(own, self.resumed["statistics"], strict=True):
-                buffer.copy_(saved)
+            with restoring(trainer.ckpt_path):
+                set_random_states(self.resumed["random"])
+                set_metric_states(pl_module, self.resumed["metrics"])
+                own = _own_statistics(trainer, pl_module)
+                for buffer, saved in zip(own, self.resumed["statistics"], strict=True):
+                    buffer.copy_(saved)
             self.resumed = None
         # With accumulated gradients a step is not done, and they are not saved.
         if batch_idx > 0 and batch_idx % trainer.accumulate_grad_batches == 0:
@@ -168,6 +172,30 @@ class LastCheckpoint(L.Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath:
                 _move(checkpoint["callbacks"][callback.state_key], callback.dirpath)
+
+
+@contextmanager
+def restoring(checkpoint: Any) -> Iterator[None]:
+    """Errors of a state that does not fit, as one line with the file.
+
+    Not of a rank that is gone, which is nothing of the file's.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if LOST.search(text):
+            raise
+        raise ValueError(f"{checkpoint} cannot be resumed from ({text})") from error
+
+
+def explain_restoring(trainer: L.Trainer, checkpoint: Path) -> None:
+    """The same for what Lightning restores, and for that alone: between its two parts the loaders
+    start, whose errors are their own.
+    """
+    connector = trainer._checkpoint_connector
+    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
+        setattr(connector, name, restoring(checkpoint)(getattr(connector, name)))
 
 
 def _own_statistics(trainer: L.Trainer, pl_module: L.LightningModule) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graft.data.items import SplitRecord
 from graft.transfer.checkpoint import BEST
 from graft.transfer.grid import GridRecord
 
@@ -31,7 +32,7 @@ class StageResult:
         """For `run.json`; the checkpoint's path is relative to it."""
         return {
             "name": self.name,
-            "best_checkpoint": f"checkpoints/{self.name}/{BEST}",
+            "best_checkpoint": str(_best(self.name)),
             "val/acc": self.best_score,
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
@@ -39,8 +40,12 @@ class StageResult:
 
     @classmethod
     def recorded(cls, record: dict[str, Any], run: Path) -> StageResult:
-        best = run / record["best_checkpoint"]
+        best = run / _best(record["name"])  # not as recorded: it stays in the run's folder
         return cls(record["name"], best, record["val/acc"], record["seconds"], record["steps"])
+
+
+def _best(stage: str) -> Path:
+    return Path("checkpoints", stage, BEST)
 
 
 @dataclass
@@ -48,9 +53,10 @@ class Resumed:
     """How far an interrupted plan came.
 
     `checkpoint`: of the stage after those done, to go on from; None to start that stage anew.
-    `step`: where it is on the loggers' axis.
+    `step`: where it is on the loggers' axis. `splits`: the items of each split, once recorded.
     """
 
     done: Sequence[StageResult] = ()
     checkpoint: Path | None = None
     step: int = 0
+    splits: SplitRecord | None = None

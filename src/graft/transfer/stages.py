@@ -19,7 +19,7 @@ from graft.transfer.checkpoint import BEST, LAST, is_final, load_checkpoint, rep
 from graft.transfer.ema import EMA
 from graft.transfer.freeze import NormPolicy, Trainable
 from graft.transfer.grid import Grid, finish_grid, start_grid
-from graft.transfer.last_checkpoint import LastCheckpoint
+from graft.transfer.last_checkpoint import LastCheckpoint, explain_restoring
 from graft.transfer.lora import LoRA
 from graft.transfer.results import Resumed, StageResult
 from graft.transfer.schedules import Schedule
@@ -162,6 +162,8 @@ def _fit(
     )
     average = [EMA(stage.ema)] if stage.ema else []
     trainer = make_trainer(stage, [last, best, start, *average])
+    if checkpoint is not None:
+        explain_restoring(trainer, checkpoint)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt

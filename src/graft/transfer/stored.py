@@ -20,6 +20,7 @@ from graft.data import batch_transforms, boxes, draws
 from graft.data.datasets import views_count
 from graft.data.features import StoredFeatures, entry_path, module_digest, source_of
 from graft.data.shards import ShardedRows
+from graft.disk import readable
 from graft.heads import Standardize
 from graft.transfer.prefix import Extractor, FrozenPrefix
 
@@ -96,10 +97,10 @@ class FeatureStore:
             reason = "few batches are run (limit_..._batches)"
         if reason is None:
             entries = {split: self._entry(split) for split in splits}
-            gigabytes = sum(entry.bytes for entry in entries.values()) / 1e9
-            if gigabytes > stage.cache_limit_gb:
+            needed = sum(entry.bytes for entry in entries.values())
+            if needed > 1e9 * stage.cache_limit_gb:
                 reason = (
-                    f"its features would take {gigabytes:.1f} GB (cache_limit_gb is "
+                    f"its features would take {readable(needed)} (cache_limit_gb is "
                     f"{stage.cache_limit_gb:g})"
                 )
         if reason is not None:
@@ -169,13 +170,10 @@ class FeatureStore:
         )
 
     def _filled(self, split: str, entry: ShardedRows) -> StoredFeatures:
-        size = (
-            f"{entry.bytes / 1e9:.2f} GB" if entry.bytes >= 1e8 else f"{entry.bytes / 1e6:.1f} MB"
-        )
         if missing := len(entry.missing()):
             self.tell(
                 f"features  {split}: computing {missing} of {len(entry.shards)} parts, "
-                f"{size} in {entry.path}"
+                f"{readable(entry.bytes)} in {entry.path}"
             )
             started = time.perf_counter()
             entry.fill(self._extractor(split).rows, self.progress)
@@ -183,7 +181,7 @@ class FeatureStore:
             images = missing / len(entry.shards) * entry.rows
             self.tell(f"features  {split}: {seconds:.1f} s, {images / seconds:.0f} images/s")
         else:
-            self.tell(f"features  {split}: stored already, {size}")
+            self.tell(f"features  {split}: stored already, {readable(entry.bytes)}")
             os.utime(entry.path / "about.json")  # `graft cache prune` goes by it
         return StoredFeatures(entry, views_count(self._views(split)), self.module.device)
 
