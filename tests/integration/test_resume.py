@@ -107,13 +107,17 @@ def test_a_run_that_crashes_again_and_again(
     [
         (TransferModule, "training_step", 8, signal.SIGUSR1),
         (TransferModule, "training_step", 10, signal.SIGTERM),
+        (TransferModule, "training_step", 9, signal.SIGHUP),
+        (TransferModule, "training_step", 9, signal.SIGINT),
         (TransferModule, "validation_step", 2, signal.SIGTERM),
     ],
 )
 def test_a_signal_saves_at_the_next_batch_or_epoch_and_stops(
-    runs: Runs, break_at: Break, owner: Any, method: str, number: int, signum: signal.Signals
-) -> None:
+    runs: Runs, break_at: Break, monkeypatch: pytest.MonkeyPatch,
+    owner: Any, method: str, number: int, signum: signal.Signals,
+) -> None:  # fmt: skip
     """Not at the end of the run, and not without what was trained since the last checkpoint."""
+    monkeypatch.setattr(os, "isatty", lambda fd: False)  # SIGHUP: what pytest prints to stays open
     whole = runs.whole("fine-tuning")
     break_at(owner, method, number, do=lambda: os.kill(os.getpid(), signum))
     folder, code = runs.start("fine-tuning", "trainer.checkpoint_every_n_steps=null")
@@ -121,7 +125,7 @@ def test_a_signal_saves_at_the_next_batch_or_epoch_and_stops(
     assert record(folder)["status"] == "preempted"
     assert record(folder)["error"] == f"stopped by {signum.name}"
     last = torch.load(folder / "checkpoints" / "finetune" / "last.ckpt", weights_only=True)
-    assert last["global_step"] == {8: 8, 10: 10, 2: 10}[number]
+    assert last["global_step"] == {8: 8, 9: 9, 10: 10, 2: 10}[number]
     assert "after" in runs.resume(folder)
     assert_equal(folder, whole)
     assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)

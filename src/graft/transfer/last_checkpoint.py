@@ -29,8 +29,6 @@ from graft.transfer.checkpoint import LAST
 if TYPE_CHECKING:
     from graft.module import TransferModule
 
-SAVE = 1  # less than any signal's number: what ranks agree on is the largest wish
-
 
 class LastCheckpoint(L.Callback):
     """Keeps `last.ckpt` in a stage's folder: after every epoch, and within them if asked.
@@ -112,26 +110,26 @@ class LastCheckpoint(L.Callback):
         self.stop.training = False
 
     def _between(self, trainer: L.Trainer, started: str | None, *, due: bool) -> None:
-        wish = self._agreed(trainer)
-        if (due or wish) and trainer.global_step != self.saved_step:
+        signum, late = self._agreed(trainer)
+        if (due or late or signum) and trainer.global_step != self.saved_step:
             flush(trainer.loggers)  # what comes before a checkpoint is never logged again
             self.saving, self.started = True, started
             trainer.save_checkpoint(self.folder / LAST)
             self.saving = False
             self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
-        if wish > SAVE:
-            raise Preempted(wish, agreed=True)
+        if signum:
+            raise Preempted(signum, agreed=True)
 
-    def _agreed(self, trainer: L.Trainer) -> int:
-        """The largest wish of all ranks: a signal's number, `SAVE` or 0."""
+    def _agreed(self, trainer: L.Trainer) -> list[int]:
+        """The highest signal of all ranks, or 0; and whether it is time to save for any of them."""
         minutes = self.every_n_minutes
         late = minutes is not None and time.monotonic() - self.saved_time > 60 * minutes
-        wish = self.stop.received or SAVE * late
+        wishes = [self.stop.received, int(late)]
         if trainer.world_size == 1:
-            return wish
-        wishes = torch.tensor(wish)
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.group)
-        return int(wishes)
+            return wishes
+        agreed = torch.tensor(wishes)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
+        return agreed.tolist()
 
     # ------------------------------------------------------------ what
 
