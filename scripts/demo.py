@@ -1,4 +1,4 @@
-"""`make demo`: 100 labelled digits, with the pretrained backbone and with the same from scratch."""
+"""`make demo`: 50 labelled digits, with the pretrained backbone and with the same from scratch."""
 
 import time
 
@@ -17,12 +17,12 @@ def accuracy(name: str, *more: str) -> float:
 
 def main() -> None:
     started = time.perf_counter()
-    print("1 of 2: ResNet-20 pretrained on CIFAR-10, moved to 100 labelled digits\n", flush=True)
+    print("1 of 2: ResNet-20 pretrained on CIFAR-10, moved to 50 labelled digits\n", flush=True)
     pretrained = accuracy("pretrained")
     print("\n2 of 2: the same network and recipe, from random weights\n", flush=True)
     scratch = accuracy("from_scratch", "backbone.weights=null")
     print(
-        f"\nTest accuracy with 100 labelled digits:  pretrained {pretrained:.1f} %   "
+        f"\nTest accuracy with 50 labelled digits:  pretrained {pretrained:.1f} %   "
         f"from scratch {scratch:.1f} %   ({time.perf_counter() - started:.0f} s)"
     )
 

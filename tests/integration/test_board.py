@@ -159,7 +159,7 @@ def test_every_tab_shows_the_runs_under_short_names(page: Page) -> None:
     width = "root.shadowRoot.querySelector('img')?.naturalWidth"
     assert until(lambda: page.of("tf-image-loader", width)) > 200
     texts = ["config/text_summary", "groups/finetune/text_summary"]
-    page.open("text", *RUNS, *texts, "shots_per_class: 10", "backbone/norm_bias")
+    page.open("text", *RUNS, *texts, "shots_per_class: 5", "backbone/norm_bias")
 
 
 @pytest.mark.slow

@@ -53,15 +53,16 @@ def test_the_wheel_carries_configs_and_weights_and_trains_from_anywhere(tmp_path
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
 def test_make_demo_from_a_fresh_clone(tmp_path: Path) -> None:
-    """Creates .venv, installs, trains, and shows what pretraining is worth with 100 labels."""
+    """Creates .venv, installs, trains, and shows what pretraining is worth with 50 labels."""
     clone = tmp_path / "clone"
     command("git", "clone", "--quiet", ROOT, clone, cwd=tmp_path)
     first = command("make", "demo", cwd=clone, GRAFT_LOGS="logs")
     result = re.search(r"pretrained ([\d.]+) %\s+from scratch ([\d.]+) %", first)
     assert result, first
     pretrained, scratch = float(result[1]), float(result[2])
-    assert pretrained > 93  # of one machine to another: 95.3 to 96.5, and 91.5 to 95.7
-    assert pretrained >= scratch > 85
+    assert pretrained > 90  # seeds 0 to 4: 92 to 96, and 73 to 83
+    assert pretrained > scratch + 3
+    assert scratch > 60
     assert "graft board" in first
     assert len(list((clone / "logs").glob("*/run.json"))) == 2
     again = command("make", "--dry-run", "demo", cwd=clone)
