@@ -66,6 +66,7 @@ def test_errors_in_the_config_are_found_before_heavy_imports(
     assert error(graft_process, "seed=abc").startswith("seed=abc: must be a whole number")
 
 
+@pytest.mark.slow
 def test_each_of_hundreds_of_wrong_overrides_is_one_line_that_names_the_key() -> None:
     """Found before torch is imported, which the script asserts."""
     done = subprocess.run(

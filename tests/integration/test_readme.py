@@ -32,6 +32,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_four_extensions_run_in_a_copy_of_the_repository(tmp_path: Path) -> None:
     kinds = {Path(name).parent.name for name in FILES if name.endswith(".yaml")}
     assert kinds == {"backbone", "head", "data", "transfer"}

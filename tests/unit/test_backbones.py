@@ -44,6 +44,7 @@ SMALL = {
     "squeezenet1_0": 64, "densenet121": 64, "vgg11_bn": 64, "regnet_y_400mf": 64, "swin_t": 64,
     "swin_v2_t": 64, "vit_b_32": 224,
 }  # fmt: skip
+LARGE = ("vgg11_bn", "vit_b_32")  # weights files of half a GB
 
 
 def penultimate(model: nn.Module, images: Tensor) -> Tensor:
@@ -56,7 +57,10 @@ def penultimate(model: nn.Module, images: Tensor) -> Tensor:
     return caught[0].mean((2, 3)) if caught[0].ndim == 4 else caught[0]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in SMALL],
+)
 @torch.no_grad()
 def test_features_equal_what_the_original_classifier_is_given(name: str, tmp_path: Path) -> None:
     """Through a weights file in torchvision's own layout, so that loading is tried too."""
