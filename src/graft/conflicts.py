@@ -30,6 +30,7 @@ def conflict(plain: dict[str, Any]) -> str | None:
         _stage_problem(plain)
         or _grid_problem(plain)
         or _solver_problem(plain)
+        or _batchnorm_problem(plain)
         or _augment_problem(plain)
         or _sharding_problem(plain)
         or _logger_problem(plain)
@@ -148,6 +149,12 @@ def _solver_problem(plain: dict[str, Any]) -> str | None:
             return f"{key}: knows no dropout: set head.dropout=0"
         if head.get("norm") == "batchnorm":
             return f"{key}: knows no batches: set head.norm=standardize or none"
+    return None
+
+
+def _batchnorm_problem(plain: dict[str, Any]) -> str | None:
+    if plain["head"].get("norm") == "batchnorm" and plain["data"].get("batch_size") == 1:
+        return "head.norm=batchnorm: one image has no statistics: use data.batch_size=2 or more"
     return None
 
 

@@ -187,6 +187,7 @@ def test_suggested_keys_are_those_of_the_plan_that_was_chosen(graft: Graft) -> N
             ["head=linear", "transfer=ridge_probe", "head.norm=batchnorm"],
             "transfer.stages.probe.solver=ridge: knows no batches",
         ),
+        (["head.norm=batchnorm", "data.batch_size=1"], "head.norm=batchnorm: one image has no"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

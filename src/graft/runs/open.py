@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ OF_WANDB = re.compile(r"wandb/(offline-)?run-[^/]+/logs/debug[\w-]*\.log")  # it
 
 
 def read_run(run: Path) -> tuple[dict[str, Any], str]:
-    """The resolved config and the status of a run folder."""
+    """The resolved config, without what only training takes, and the status of a run folder."""
     if not (run / CONFIG).is_file() or not (run / "run.json").is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml and run.json")
     record = read_record(run)
@@ -31,14 +31,17 @@ def read_run(run: Path) -> tuple[dict[str, Any], str]:
             f"{run} was written by a newer graft (format {record['format']}, this one knows "
             f"{FORMAT}): update"
         )
-    return read_config(run), str(record.get("status"))
+    return read_config(run, unused=("callbacks", "logger")), str(record.get("status"))
 
 
-def read_config(run: Path, *, trusted: bool = False) -> dict[str, Any]:
+def read_config(
+    run: Path, *, trusted: bool = False, unused: Collection[str] = ()
+) -> dict[str, Any]:
     """The resolved config of a run folder that can be worked in.
 
     Args:
         trusted: it is that of one's own command line.
+        unused: groups that are left out: nothing of them is built, so that it needs no trust.
 
     Raises:
         ValueError: it is damaged, or names code that is not to be run, or the folder leads out of
@@ -50,6 +53,7 @@ def read_config(run: Path, *, trusted: bool = False) -> dict[str, Any]:
         raise ValueError(f"{run / CONFIG} is damaged: it holds ${{...}}, and a run's is resolved")
     with damaged(run / CONFIG):
         check_values(config)
+    config.update(dict.fromkeys(unused))
     if not trusted:
         require_trusted(config, run / CONFIG)
     if not trusted and not trusts_all():  # nothing is written where the file says
