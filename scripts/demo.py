@@ -4,8 +4,9 @@ import time
 
 from hydra import compose, initialize_config_dir
 
-from graft.config import CONFIGS, check
-from graft.train import entry, run
+from graft.config.resolved import CONFIGS, check
+from graft.runs.entry import entry
+from graft.runs.run import run
 
 
 def accuracy(name: str, *more: str) -> float:

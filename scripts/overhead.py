@@ -46,23 +46,25 @@ def timed(part: str, owner: Any, *names: str) -> None:
 
 
 def main() -> None:
-    from graft import collect, loggers, media, startup, train
+    from graft.commands import train
+    from graft.reporting import collect, loggers, tensorboard
+    from graft.runs import startup
     from graft.runs.folder import RunFolder
-    from graft.transfer import checkpoint
+    from graft.training import checkpoint
 
     startup.import_libraries()
     imported = time.perf_counter() - started
     timed("run folder", RunFolder, "create", "update", "finish")
     timed("TensorBoard", loggers.TensorBoard, "log_metrics", "flush", "finalize")
     timed("metrics.csv", loggers.CSV, "log_metrics")
-    timed("hyper-parameters, text", media, "log_start", "log_groups")
-    timed("pictures of inputs", media.Inputs, "on_train_batch_start")
-    timed("pictures of the test", media, "log_end", "log_grid")
+    timed("hyper-parameters, text", tensorboard, "log_start", "log_groups")
+    timed("pictures of inputs", tensorboard.Inputs, "on_train_batch_start")
+    timed("pictures of the test", tensorboard, "log_end", "log_grid")
     timed("predictions of the test", collect.Collect, "on_test_batch_end", "on_test_end")
     timed("checkpoints", checkpoint, "write_checkpoint")
     timed("fsync", os, "fsync")  # within the run folder and checkpoints
     try:
-        train.entry()
+        train.entry(train.main)
     finally:
         total, cpu = time.perf_counter() - started, time.thread_time()
         print(f"\n{total:.1f} s in all ({cpu:.1f} s of CPU), {imported:.1f} s of it imports")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from graft.backbones.weights import read_file
+from graft.models.weights import read_file
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

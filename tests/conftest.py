@@ -19,8 +19,8 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from graft import cli
-from graft.config import CONFIGS, check
-from graft.module import TransferModule
+from graft.config.resolved import CONFIGS, check
+from graft.training.module import TransferModule
 
 # A run of a second: made-up images, a narrow ResNet from scratch.
 TINY = [
@@ -155,8 +155,8 @@ def train_tiny(tmp_path: Path) -> Train:
 
     def call(*overrides: str) -> Trained:
         from graft.runs.folder import RunFolder
-        from graft.startup import quiet_libraries
-        from graft.train import train
+        from graft.runs.startup import quiet_libraries
+        from graft.runs.train import train
 
         quiet_libraries()
         config = compose(*TINY, *overrides)

@@ -88,9 +88,9 @@ def train_and_kill(
 def main() -> None:
     import torch
 
-    import graft.report
+    import graft.reporting.report
     import graft.runs.resume
-    import graft.trainer  # noqa: F401
+    import graft.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
     root, rng, runs, overrides = (

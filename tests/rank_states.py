@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch.distributed.tensor import DTensor
 
-from graft.module import TransferModule
+from graft.training.module import TransferModule
 
 State = dict[str, torch.Tensor]
 

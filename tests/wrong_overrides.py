@@ -18,9 +18,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from graft.checks import nodes
-from graft.config import CONFIGS, check, explain
-from graft.runs.compose import Composer
+from graft.config.checks import nodes
+from graft.config.resolved import CONFIGS, check, explain
+from graft.sweeps.compose import Composer
 
 BASES = [
     ["callbacks=early_stopping"],

@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 
 from graft import __version__
-from graft.names import visible
+from graft.config.names import visible
 
 COMMANDS = ("train", "resume", "compare", "eval", "board", "cache")
 SHELL = ("-sc", "--shell-completion")
@@ -67,28 +67,28 @@ def _run() -> None:
         complete(sys.argv[-1])
     elif command in ("train", "resume"):
         # By the specification of __main__ Lightning starts further ranks of this very command, as
-        # `python -m graft.train OVERRIDES`; Hydra sees its arguments alone.
+        # `python -m graft.commands.train OVERRIDES`; Hydra sees its arguments alone.
         # Options first: argparse takes no overrides after one that stands among them.
         options = [a for a in sys.argv[2:] if a in ("-m", "--multirun")]
         sys.argv[1:] = [*options, *(a for a in sys.argv[2:] if a not in options)]
-        module = {"train": "graft.train", "resume": "graft.runs.resume"}[command]
+        module = {"train": "graft.commands.train", "resume": "graft.commands.resume"}[command]
         imported = import_module(module)
         sys.modules["__main__"].__spec__ = imported.__spec__
         imported.entry(imported.main)
     elif command == "eval":
-        from graft.runs.evaluate import main as evaluate
+        from graft.commands.evaluate import main as evaluate
 
         evaluate(sys.argv[2:])
     elif command == "cache":
-        from graft.runs.cache import main as cache
+        from graft.commands.cache import main as cache
 
         cache(sys.argv[2:])
     elif command == "compare":
-        from graft.runs.compare import main as compare
+        from graft.commands.compare import main as compare
 
         compare(sys.argv[2:])
     elif command == "board":
-        from graft.runs.board import main as board
+        from graft.commands.board import main as board
 
         board(sys.argv[2:])
     else:
@@ -108,7 +108,7 @@ def complete(task: str) -> None:
     if task.startswith("query=") and not space:
         print(" ".join(name for name in COMMANDS if name.startswith(command)))
     elif not task.startswith("query=") or command == "train":
-        from graft.train import main as train
+        from graft.commands.train import main as train
 
         os.environ["COMP_LINE"] = f"{program} {overrides}"
         sys.argv[:] = ["graft", "-sc", task]

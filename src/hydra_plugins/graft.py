@@ -13,10 +13,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from graft.checks import POSITIVE_INT
-from graft.overrides import require_values
-from graft.runs import processes, slurm
-from graft.runs.launch import SweepLauncher
+from graft.config.checks import POSITIVE_INT
+from graft.config.overrides import require_values
+from graft.sweeps import processes, slurm
+from graft.sweeps.launch import SweepLauncher
 
 
 class InProcess(SweepLauncher):
@@ -69,7 +69,7 @@ class Optuna(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         try:
-            from graft.runs.study import search
+            from graft.sweeps.study import search
         except ImportError as error:
             raise ValueError("hydra/sweeper=optuna needs Optuna: pip install optuna") from error
         assert isinstance(self.launcher, SweepLauncher)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import callbacks
 from PIL import Image
 
-from graft.conflicts import REFUSED_CALLBACKS
+from graft.config.conflicts import REFUSED_CALLBACKS
 from graft.data.datamodule import TransferDataModule
 from tests.conftest import TINY, Graft, compose
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from graft.runs.board import serve
+from graft.commands.board import serve
 from graft.runs.folder import RunFolder
 from tests.conftest import Graft
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from graft.checks import nodes, wrong_value
-from graft.config import CONFIGS
+from graft.config.checks import nodes, wrong_value
+from graft.config.resolved import CONFIGS
 from tests.conftest import TINY, Graft, compose
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -40,7 +40,7 @@ def test_every_option_composes_and_says_what_it_is_for(group: str, option: str) 
             parent, _, last = key.rpartition(".")
             owner = reduce(lambda node, name: node[name], parent.split("."), config)
             owner[last] = [[{}]]  # no key may be that
-            assert wrong_value(config), f"{key}: say in graft/checks.py what it may be"
+            assert wrong_value(config), f"{key}: say in graft/config/checks.py what it may be"
             owner[last] = value
 
 

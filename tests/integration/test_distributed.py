@@ -14,8 +14,8 @@ import lightning as L
 import pytest
 import torch
 
-from graft.build import build
-from graft.transfer.checkpoint import load_checkpoint
+from graft.training.build import build
+from graft.training.checkpoint import load_checkpoint
 from tests.conftest import TINY, Graft, compose, same
 from tests.rank_states import State, read_states
 

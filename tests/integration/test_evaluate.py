@@ -14,10 +14,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from graft.backbones.base import Preprocessing
-from graft.data.corruptions import CORRUPTIONS
-from graft.data.synthetic import Synthetic
-from graft.runs.evaluate import Settings
+from graft.commands.evaluate import Settings
+from graft.data.sources.synthetic import Synthetic
+from graft.evaluation.corruptions import CORRUPTIONS
+from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Graft, compose
 
 MORE = ["data.source.per_class=40", "data.source.test_per_class=13", "trainer.max_epochs=2"]
@@ -26,7 +26,7 @@ MORE = ["data.source.per_class=40", "data.source.test_per_class=13", "trainer.ma
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A fine-tuned run and a probe. Tests that change one work on a copy: see `run_of`."""
-    from graft.train import run
+    from graft.runs.run import run
 
     root = tmp_path_factory.mktemp("trained")
     for name, plan in (("finetune", []), ("probe", ["transfer=linear_probe"])):
@@ -218,7 +218,7 @@ def test_pretrained_weights_are_not_loaded_again(
         raise AssertionError("weights were asked for")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    monkeypatch.setattr("graft.backbones.weights.read_file", refuse)
+    monkeypatch.setattr("graft.models.weights.read_file", refuse)
     for weights in ("IMAGENET1K_V1", str(tmp_path / "gone.pth")):
         edit(run, backbone={"weights": weights, "preprocessing": {"mean": None}})
         assert evaluated(graft, run)["metrics"] == own["metrics"]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from graft.build import build
-from graft.module import TransferModule
-from graft.transfer.prefix import FrozenPrefix
+from graft.features.prefix import FrozenPrefix
+from graft.training.build import build
+from graft.training.module import TransferModule
 from tests.conftest import TINY, Graft, Train, compose
 from tests.integration.conftest import CLIPPED, MLP, RUNS, Break, Runs
 from tests.integration.test_configs import EXPERIMENTS

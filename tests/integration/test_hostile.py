@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
-from graft.objects import require_trusted
 from graft.runs.open import read_config, require_closed
+from graft.runs.trust import require_trusted
 from tests.conftest import TINY, Graft, compose
 from tests.integration.conftest import Break
 
@@ -31,7 +31,7 @@ def payloads(mark: str) -> dict[str, dict[str, Any]]:
     """What a config may say to have `mark` written; by key in it."""
     touch = f"touch {mark}"
     path = node("pathlib.Path", _args_=[mark])
-    write = node("graft.disk.write_atomically", path=path, content="hi")
+    write = node("graft.storage.disk.write_atomically", path=path, content="hi")
     nested = {
         "write_atomically": write,
         "touch": node("pathlib.Path.touch", self=path),
@@ -43,7 +43,7 @@ def payloads(mark: str) -> dict[str, dict[str, Any]]:
     callback = {
         "os.system": node("os.system", command=touch),
         "subprocess": node("subprocess.run", args=touch, shell=True),
-        "through board": node("graft.runs.launch.os.system", command=touch),
+        "through board": node("graft.sweeps.launch.os.system", command=touch),
         "through torch": node("torch.serialization.os.system", command=touch),
         "through numpy": node("lightning.pytorch.trainer.trainer.os.system", command=touch),
         "hub": node("torch.hub.load", repo_or_dir="evil/evil", model="x"),
@@ -62,20 +62,20 @@ def payloads(mark: str) -> dict[str, dict[str, Any]]:
     }
     logger = {
         "lightning's": node("lightning.pytorch.loggers.CSVLogger", name=mark),
-        "mlflow": node("graft.trackers.MLFlow", tracking_uri=f"sqlite:///{mark}"),
-        "wandb": node("graft.trackers.WandB", dir=mark),
-        "another's account": node("graft.trackers.WandB", entity="attacker"),
-        "weights for others": node("graft.trackers.WandB", log_model="all"),
-        "code for others": node("graft.trackers.WandB", save_code=True),
+        "mlflow": node("graft.reporting.trackers.MLFlow", tracking_uri=f"sqlite:///{mark}"),
+        "wandb": node("graft.reporting.trackers.WandB", dir=mark),
+        "another's account": node("graft.reporting.trackers.WandB", entity="attacker"),
+        "weights for others": node("graft.reporting.trackers.WandB", log_model="all"),
+        "code for others": node("graft.reporting.trackers.WandB", save_code=True),
     }
     backbone = {
         "os.system": node("os.system", command=touch),
-        "a builder of ours": node("graft.build.build_backbone", config=write),
+        "a builder of ours": node("graft.training.build.build_backbone", config=write),
         "torch.load": nested["torch.load"],
-        "another kind": node("graft.heads.LinearHead"),
-        "timm's own files": node("graft.backbones.timm.timm_backbone", checkpoint_path=mark),
+        "another kind": node("graft.models.heads.LinearHead"),
+        "timm's own files": node("graft.models.timm.timm_backbone", checkpoint_path=mark),
         "timm's urls": node(
-            "graft.backbones.timm.timm_backbone", pretrained_cfg={"url": "x", "architecture": "y"}
+            "graft.models.timm.timm_backbone", pretrained_cfg={"url": "x", "architecture": "y"}
         ),
     }
     changes: dict[str, dict[str, Any]]
@@ -122,7 +122,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(graft: Graft, made: Path, tmp_path: Path, break_at: Break) -> Path:
     """A run that failed after its first epoch: there is something to evaluate and to resume."""
     if not made.exists():
-        from graft.module import TransferModule
+        from graft.training.module import TransferModule
 
         break_at(TransferModule, "training_step", 8)
         graft("train", *TINY, "trainer.max_epochs=2", f"paths.logs={made.parent}")
@@ -164,7 +164,7 @@ def test_code_that_a_config_names_is_refused_unless_it_is_what_its_place_takes(
 
 
 def test_honest_configs_of_every_group_are_trusted(tmp_path: Path) -> None:
-    from graft.config import CONFIGS
+    from graft.config.resolved import CONFIGS
 
     for group in ("backbone", "callbacks", "head", "optimizer", "scheduler", "transfer", "logger"):
         for name in sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")):
@@ -175,7 +175,7 @@ def test_honest_configs_of_every_group_are_trusted(tmp_path: Path) -> None:
     require_trusted(compose("sample_transform=rand_augment"), tmp_path)
     for data in ("image_folder", "cifar10"):
         require_trusted(compose(f"data={data}", "data.root=x"), tmp_path)
-    prune = node("graft.runs.study.Prune", trial=0, pruner=node("optuna.pruners.MedianPruner"))
+    prune = node("graft.sweeps.study.Prune", trial=0, pruner=node("optuna.pruners.MedianPruner"))
     require_trusted({"callbacks": {"prune": prune}}, tmp_path)
 
 
@@ -285,7 +285,7 @@ def test_a_config_neither_unfolds_nor_reads_the_environment(
 
 SWEEPS = [
     "+callbacks.x={_target_: os.system, command: touch MARK}",
-    "+callbacks.x={_target_: graft.runs.launch.os.system, command: touch MARK}",
+    "+callbacks.x={_target_: graft.sweeps.launch.os.system, command: touch MARK}",
     "+hydra.callbacks.x={_target_: os.system, command: touch MARK}",
     "+hydra={callbacks: {x: {_target_: os.system, command: touch MARK}}}",
     "hydra.launcher={_target_: os.system, command: touch MARK}",
@@ -297,7 +297,7 @@ SWEEPS = [
     "+hydra.launcher.options={slurm_setup: [touch MARK]}",
     "+hydra.launcher.options={slurm_partition: 'gpu\\ntouch MARK'}",
     *(
-        f"{key}={{_target_: graft.objects.make, config: {{_target_: os.mkdir, path: MARK}}}}"
+        f"{key}={{_target_: graft.config.objects.make, config: {{_target_: os.mkdir, path: MARK}}}}"
         for key in ("hydra.sweeper.params", "+hydra.sweeper.pruner", "+hydra.sweeper.sampler")
     ),
     "hydra.sweeper.params={x: {_target_: builtins.print}}",
@@ -365,7 +365,7 @@ def test_ones_own_sweep_runs_ones_own_code_and_a_file_of_it_needs_trust(
 
 
 def test_a_torn_line_of_a_study_does_not_block_it(tmp_path: Path) -> None:
-    from graft.runs.study import FILE, mend, open_study
+    from graft.sweeps.study import FILE, mend, open_study
 
     open_study(tmp_path).ask()
     whole = (tmp_path / FILE).read_bytes()

@@ -18,10 +18,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-import graft.train as graft_train
-from graft.runs import launch
-from graft.runs.processes import Processes, own_environment
-from graft.signals import SIGNALS
+import graft.runs.train as graft_train
+from graft.sweeps import launch
+from graft.sweeps.processes import Processes, own_environment
+from graft.training.signals import SIGNALS
 from tests.conftest import TINY, Graft
 
 LONG = ["data.source.per_class=100", "trainer.max_epochs=30"]  # seconds
@@ -65,7 +65,7 @@ def test_ctrl_c_that_a_library_catches_ends_the_sweep_all_the_same(
     ours = {signum: signal.getsignal(signum) for signum in SIGNALS if signum != signal.SIGINT}
     started: list[Path] = []
 
-    def go_on(path: Path, trusted: bool) -> None:
+    def resume_run(path: Path, trusted: bool) -> None:
         started.append(path)
         try:
             if len(started) == 1:
@@ -73,7 +73,7 @@ def test_ctrl_c_that_a_library_catches_ends_the_sweep_all_the_same(
         except BaseException:  # as a bare `except` around an optional import does
             raise RecursionError("half imported") from None
 
-    monkeypatch.setattr("graft.runs.resume.go_on", go_on)
+    monkeypatch.setattr("graft.runs.resume.resume_run", resume_run)
     folder = tmp_path / "sweep"
     done = graft("train", "-m", *TINY, "seed=0,1", f"hydra.sweep.dir={folder}")
     assert len(started) == 1
@@ -96,7 +96,7 @@ def test_started_again_a_sweep_runs_what_is_not_done(
         return train(config, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("graft.train.train", failing)
+        patch.setattr("graft.runs.train.train", failing)
         once = graft("train", "-m", *TINY, "seed=0,1", f"hydra.sweep.dir={folder}")
     assert once.returncode == 1
     assert statuses(folder) == ["done", "failed"]
@@ -147,7 +147,7 @@ def test_what_is_not_installed_is_named(
     graft: Graft, monkeypatch: pytest.MonkeyPatch, choice: str, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "graft.runs.study", raising=False)
+    monkeypatch.delitem(sys.modules, "graft.sweeps.study", raising=False)
     done = graft("train", "-m", *TINY, f"hydra/{choice}", "seed=0,1")
     assert done.returncode == 1
     assert f"graft: error: hydra/{choice} needs" in done.stderr

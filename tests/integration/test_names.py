@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from graft.names import visible
+from graft.config.names import visible
 from tests.conftest import Graft
 
 NAMES = ["[bold]", ":x:", "猫", "a|b\t", "\x1b[31mred\n", os.fsdecode(b"caf\xe9")]

@@ -14,8 +14,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.distributions import FloatDistribution as Float
 from optuna.distributions import IntDistribution as Int
 
-import graft.train as graft_train
-from graft.runs.study import distribution, open_study
+import graft.runs.train as graft_train
+from graft.sweeps.study import distribution, open_study
 from tests.conftest import TINY, Graft
 from tests.integration.test_launchers import records, statuses
 
@@ -52,7 +52,7 @@ def test_a_study_goes_on_where_it_stopped(
 
     swept = [*OPTUNA, "transfer=linear_probe,finetune", "trainer.limit_test_batches=1"]
     with monkeypatch.context() as patch:
-        patch.setattr("graft.train.train", failing)
+        patch.setattr("graft.runs.train.train", failing)
         n = "hydra.sweeper.n_trials=2"
         assert graft("train", "-m", *TINY, *swept, n, "hydra.sweep.dir=s").returncode == 1
     assert statuses(tmp_path / "s") == ["done", "failed"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.trainer import trainer_options
+from graft.training.trainer import trainer_options
 from tests.conftest import TINY, Graft, Train, compose
 from tests.integration.conftest import MLP
 from tests.integration.test_configs import PLANS

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.config import CONFIGS
+from graft.config.resolved import CONFIGS
 from tests.conftest import Graft, compose
 
 ROOT = Path(__file__).parents[2]

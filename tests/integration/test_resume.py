@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
-from graft.module import TransferModule
+from graft.plan.schedules import one_cycle
 from graft.runs.folder import RunFolder
-from graft.transfer.last_checkpoint import LastCheckpoint
-from graft.transfer.schedules import one_cycle
+from graft.training.last_checkpoint import LastCheckpoint
+from graft.training.module import TransferModule
 from tests.integration.conftest import (
     BASE,
     MLP,
@@ -148,7 +148,7 @@ def test_checkpoints_by_time(runs: Runs, break_at: Break, monkeypatch: pytest.Mo
     """A clock that moves 40 s a look: one checkpoint in two batches, with one minute."""
     looks = iter(range(0, 10_000, 40))
     clock = mock.Mock(monotonic=lambda: next(looks))
-    monkeypatch.setattr("graft.transfer.last_checkpoint.time", clock)
+    monkeypatch.setattr("graft.training.last_checkpoint.time", clock)
     break_at(TransferModule, "training_step", 5)
     minutes = ["trainer.checkpoint_every_n_steps=null", "trainer.checkpoint_every_n_minutes=1"]
     folder, _ = runs.start("fine-tuning", *minutes)

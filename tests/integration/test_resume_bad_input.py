@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from graft.module import TransferModule
-from graft.runs.folder import RunFolder
+from graft.runs.folder import FORMAT, RunFolder
+from graft.training.module import TransferModule
 from tests.conftest import Graft
 from tests.integration.conftest import Break, Runs, assert_equal, record
 
@@ -78,7 +78,9 @@ def test_no_run_folder_or_one_of_another_version(graft: Graft, stopped: Path) ->
     assert f"there are 1 in it, like {stopped}" in error(graft, stopped.parent)
     content = (stopped / "run.json").read_text()
     for found, age in ((99, "a newer"), (1, "an older")):
-        (stopped / "run.json").write_text(content.replace('"format": 2', f'"format": {found}'))
+        (stopped / "run.json").write_text(
+            content.replace(f'"format": {FORMAT}', f'"format": {found}')
+        )
         assert f"written by {age} version of graft" in error(graft, stopped)
     (stopped / "run.json").write_text(content[:100])
     assert "run.json is damaged" in error(graft, stopped)

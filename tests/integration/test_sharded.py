@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.build import build
-from graft.transfer.checkpoint import load_checkpoint
+from graft.training.build import build
+from graft.training.checkpoint import load_checkpoint
 from tests.conftest import TINY, Graft, compose, same
 from tests.rank_states import State
 

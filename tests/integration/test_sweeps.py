@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.runs import launch, sweep
+from graft.sweeps import launch, sweep
 from tests.conftest import TINY, Graft
 
 

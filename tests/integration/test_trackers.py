@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from graft.module import TransferModule
+from graft.training.module import TransferModule
 from tests.conftest import TINY, Graft, compose
 
 # Two stages of two epochs, five batches each.
@@ -103,6 +103,6 @@ def test_a_resumed_run_goes_on_as_the_same_run_of_wandb(
 def test_a_logger_that_is_not_installed_says_which_extra_has_it(
     logger: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graft.conflicts.find_spec", lambda name: None)
+    monkeypatch.setattr("graft.config.conflicts.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"logger={logger} .*pip install 'graft\[{logger}\]'"):
         compose(*TINY[:-1], f"logger={logger}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from graft.module import TransferModule
+from graft.training.module import TransferModule
 from tests.conftest import TINY, Graft, compose
 from tests.integration.conftest import Break, assert_equal, record
 
@@ -38,7 +38,7 @@ def make_photos(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """photos/ and a run on them, in logs/."""
-    from graft.train import run
+    from graft.runs.run import run
 
     root = tmp_path_factory.mktemp("travel")
     make_photos(root / "photos")

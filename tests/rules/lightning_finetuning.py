@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Mode
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from graft.build import build
+from graft.training.build import build
 from tests.conftest import TINY, compose
 from tests.rules.watch import WatchEpochs
 

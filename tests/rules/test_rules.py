@@ -16,7 +16,7 @@ from typing import Protocol
 import pytest
 import torch
 
-from graft.build import build
+from graft.training.build import build
 from tests.conftest import TINY, Graft, compose, same
 from tests.rank_states import State, read_states
 from tests.rules import lightning_finetuning

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from graft.backbones.base import Preprocessing
-from graft.data.source import Source, Splits
+from graft.data.sources.base import Source, Splits
+from graft.transforms.preprocessing import Preprocessing
 
 RED, GREEN, BLUE = (250, 10, 20), (30, 240, 40), (50, 60, 230)
 

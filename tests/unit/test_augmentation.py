@@ -10,16 +10,16 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from graft.backbones.base import Preprocessing
-from graft.build import build
-from graft.data.batch_transforms import Augment, Prepare
-from graft.data.boxes import BOX_DRAWS, box_matrices, random_boxes
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import ImageDataset
-from graft.data.draws import beta, uniform
-from graft.data.mixing import mix
 from graft.data.resident import ResidentDataset, resides
 from graft.data.sample_transform import SampleTransformed
+from graft.training.build import build
+from graft.transforms.boxes import BOX_DRAWS, box_matrices, random_boxes
+from graft.transforms.draws import beta, uniform
+from graft.transforms.images import Augment, Prepare
+from graft.transforms.mixing import mix
+from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Train, compose, same
 
 PLAIN = Preprocessing(32, 32, mean=(0, 0, 0), std=(1, 1, 1))

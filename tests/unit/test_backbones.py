@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-from graft.backbones.base import Backbone
-from graft.backbones.resnet_cifar import EMBEDDED, resnet_cifar
-from graft.backbones.timm import timm_backbone
-from graft.backbones.torchvision import FAMILIES, torchvision_backbone
-from graft.objects import make
-from graft.transfer.freeze import set_modes
+from graft.config.objects import make
+from graft.models.backbone import Backbone
+from graft.models.resnet_cifar import EMBEDDED, resnet_cifar
+from graft.models.timm import timm_backbone
+from graft.models.torchvision import FAMILIES, torchvision_backbone
+from graft.plan.freeze import set_modes
 from tests.conftest import compose
 
 FAMILY_MODULES = (

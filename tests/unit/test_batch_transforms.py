@@ -6,9 +6,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from graft.backbones.base import Preprocessing
-from graft.data.batch_transforms import Augment, Prepare
-from graft.data.draws import uniform
+from graft.transforms.draws import uniform
+from graft.transforms.images import Augment, Prepare
+from graft.transforms.preprocessing import Preprocessing
 
 
 def images(n: int, size: int, seed: int = 0) -> torch.Tensor:

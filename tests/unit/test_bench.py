@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_measure.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "bench_measure.py"
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
 
-from graft.data.cifar import Cifar10
+from graft.data.sources.cifar import Cifar10
 from tests.unit.source_files import class_folders, corner, px, read, together, truncate
 
 NAMES = ["airplane", "automobile", "bird"]

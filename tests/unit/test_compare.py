@@ -12,11 +12,11 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from PIL import Image
 
+from graft.compare.groups import ABSENT, Comparison, grouped
+from graft.compare.plots import learning_curve
+from graft.compare.statistics import paired, summarise, t_inside, t_quantile
 from graft.runs.folder import FORMAT
-from graft.runs.groups import ABSENT, Comparison, grouped
-from graft.runs.plots import learning_curve
 from graft.runs.records import find_runs, read_run, text
-from graft.runs.statistics import paired, summarise, t_inside, t_quantile
 from tests.conftest import Graft
 
 

@@ -12,8 +12,8 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from graft.config import CONFIGS
-from graft.runs.compose import Composer
+from graft.config.resolved import CONFIGS
+from graft.sweeps.compose import Composer
 
 JOBS = {
     "values": ["optimizer.lr=0.1", "seed=1"],

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from graft.backbones.base import Preprocessing
-from graft.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, corrupt
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import ImageDataset
-from graft.data.source import Split
-from graft.data.synthetic import Synthetic
+from graft.data.sources.base import Split
+from graft.data.sources.synthetic import Synthetic
+from graft.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, corrupt
+from graft.transforms.preprocessing import Preprocessing
 
 
 def photographs(count: int = 6, side: int = 32) -> torch.Tensor:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from graft.backbones.weights import WeightsFile
-from graft.runs.groups import grouped
+from graft.compare.groups import grouped
+from graft.compare.plots import learning_curve
+from graft.models.weights import WeightsFile
 from graft.runs.open import read_checkpoint, read_config
-from graft.runs.plots import learning_curve
 from graft.runs.records import Run, read_run
 from tests.unit.test_reading import COUNTS, damaged
 

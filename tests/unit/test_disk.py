@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.disk import create_exclusively, overwrite, readable, write_atomically
 from graft.runs.folder import RunFolder
-from graft.runs.sweep import make_folder
-from graft.transfer.checkpoint import is_whole, write_checkpoint
+from graft.storage.disk import create_exclusively, overwrite, readable, write_atomically
+from graft.sweeps.sweep import make_folder
+from graft.training.checkpoint import is_whole, write_checkpoint
 
 FULL = Path("/dev/full")  # takes no byte
 

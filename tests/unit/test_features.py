@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from graft.backbones.torchvision import torchvision_backbone
-from graft.build import build, build_stages
-from graft.data import shards
-from graft.data.features import StoredFeatures, module_digest
-from graft.data.shards import ShardedRows
-from graft.module import TransferModule
-from graft.transfer.prefix import Extractor, FrozenPrefix
-from graft.transfer.stored import FeatureStore
+from graft.features.prefix import Extractor, FrozenPrefix
+from graft.features.store import FeatureStore
+from graft.models.torchvision import torchvision_backbone
+from graft.storage import shards
+from graft.storage.digests import module_digest
+from graft.storage.shards import ShardedRows
+from graft.storage.stored import StoredFeatures
+from graft.training.build import build, build_stages
+from graft.training.module import TransferModule
 from tests.conftest import TINY, Graft, Train, compose
 
 ROWS, SHAPE = 100, (3, 2)
@@ -170,7 +171,7 @@ def test_what_does_not_fit_in_memory_is_read_row_by_row(
     entry.fill(expected)
     index = torch.tensor([5, 3, 77])
     inside = StoredFeatures(entry)
-    monkeypatch.setattr("graft.data.features.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("graft.storage.stored.IN_MEMORY_BYTES", 0)
     outside = StoredFeatures(entry)
     assert inside.tensor is not None
     assert outside.tensor is None
@@ -187,7 +188,14 @@ def store(tmp_path: Path, *overrides: str) -> FeatureStore:
     stage = build_stages(config)[0]
     module.start_stage(stage)
     datamodule.start_stage(0, augment=stage.augment, image_size=stage.image_size)
-    return FeatureStore(module, datamodule, stage, tmp_path / "cache")
+    return FeatureStore(
+        module.backbone,
+        module.cut,
+        datamodule,
+        stage,
+        tmp_path / "cache",
+        device=module.device,
+    )
 
 
 def entries(tmp_path: Path) -> set[str]:
@@ -233,7 +241,7 @@ def test_another_library_version_or_other_code_is_another_entry(
 def test_views_are_stored_side_by_side_and_drawn_anew_each_epoch(tmp_path: Path) -> None:
     made = store(tmp_path, "transfer.stages.probe.views=flip")
     features = made.features(["train"])["train"]
-    backbone = made.module.backbone.eval()
+    backbone = made.backbone.eval()
     images = made.datamodule.prepared("train", range(5), torch.device("cpu"))
     with torch.no_grad():
         plain, mirrored = backbone(images), backbone(images.flip(3))
@@ -253,7 +261,7 @@ def test_views_are_stored_side_by_side_and_drawn_anew_each_epoch(tmp_path: Path)
 
 def test_mirror_is_the_mean_over_an_image_and_its_mirror_image(tmp_path: Path) -> None:
     made = store(tmp_path, "mirror=true")
-    backbone = made.module.backbone.eval()
+    backbone = made.backbone.eval()
     images = made.datamodule.prepared("val", range(4), torch.device("cpu"))
     backbone.mirror = False
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from graft.data.folder import ImageFolder
+from graft.data.sources.folder import ImageFolder
 from tests.unit.source_files import (
     BLUE,
     GREEN,
@@ -63,7 +63,7 @@ def test_only_train(root: Path, cache: Path) -> None:
 def test_many_rounds_keep_the_order(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graft.data.folder.BATCH", 3)
+    monkeypatch.setattr("graft.data.sources.folder.BATCH", 3)
     for n in range(50):
         size = (100, 80 + n)  # mixed sizes, so that several threads decode
         save(tmp_path / "d/train/a" / f"{n:02}.png", Image.new("RGB", size, (n, 0, 0)))
@@ -261,7 +261,7 @@ def test_permissions_are_not_the_image_s_fault(
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("graft.data.decode.open_image", denied)
+        patch.setattr("graft.data.sources.decode.open_image", denied)
         with pytest.raises(PermissionError, match=r"0\.png"):
             ImageFolder(root, cache, on_error="skip").prepare(px(32))
     assert len(read(ImageFolder(root, cache)).train.labels) == 6

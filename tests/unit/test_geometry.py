@@ -21,15 +21,15 @@ from torchvision.models import get_model_weights
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.functional import InterpolationMode
 
-from graft.backbones.base import Preprocessing
-from graft.backbones.timm import timm_backbone
-from graft.backbones.torchvision import torchvision_backbone
-from graft.data import batch_transforms
-from graft.data.batch_transforms import Prepare
 from graft.data.datamodule import TransferDataModule
-from graft.data.decode import decode
-from graft.data.folder import EvalFolder, ImageFolder
-from graft.data.source import Source
+from graft.data.sources.base import Source
+from graft.data.sources.decode import decode
+from graft.data.sources.folder import EvalFolder, ImageFolder
+from graft.models.timm import timm_backbone
+from graft.models.torchvision import torchvision_backbone
+from graft.transforms import images
+from graft.transforms.images import Prepare
+from graft.transforms.preprocessing import Preprocessing
 from tests.unit.source_files import save
 
 Transform = Callable[[Image.Image], Tensor]
@@ -188,7 +188,7 @@ def test_large_jpegs_are_read_whole(tmp_path: Path) -> None:
 def test_the_matrix_products_of_gpus_are_pillows_resize_too(
     interpolation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_transforms, "_as_bytes", lambda images, mode: False)
+    monkeypatch.setattr(images, "_as_bytes", lambda images, mode: False)
     p = Preprocessing(73, 64, interpolation=interpolation)  # type: ignore[arg-type]
     for size in ((32, 32), (90, 120), (200, 131)):
         image = photo(size, 0)

@@ -10,13 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graft.build import build
-from graft.heads import CosineHead, Head, HeadGrid, LinearHead, MLPHead, Standardize, seeded_head
-from graft.pictures import heads
-from graft.transfer.checkpoint import load_checkpoint
-from graft.transfer.grid import GridFit, GridPoint, GridRecord, head_losses
-from graft.transfer.param_groups import param_groups
-from graft.transfer.per_head import PerHead, grid_groups
+from graft.models.heads import (
+    CosineHead,
+    Head,
+    HeadGrid,
+    LinearHead,
+    MLPHead,
+    Standardize,
+    seeded_head,
+)
+from graft.plan.grid import GridPoint, GridRecord
+from graft.plan.param_groups import param_groups
+from graft.reporting.pictures import heads
+from graft.training.build import build
+from graft.training.checkpoint import load_checkpoint
+from graft.training.grid import GridFit, head_losses
+from graft.training.per_head import PerHead, grid_groups
 from tests.conftest import TINY, Train, Trained, compose
 
 RATES, DECAYS = [0.3, 0.001, 0.05], [0.0, 0.1, 0.5]

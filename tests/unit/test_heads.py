@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.heads import CosineHead, Head, LinearHead, MLPHead, Standardize
+from graft.models.heads import CosineHead, Head, LinearHead, MLPHead, Standardize
 
 
 @pytest.mark.parametrize("kind", [LinearHead, MLPHead, CosineHead])

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from graft.data.folder import ImageFolder
 from graft.data.items import FILE, SplitRecord
-from graft.data.source import Split, Splits
+from graft.data.sources.base import Split, Splits
+from graft.data.sources.folder import ImageFolder
+from graft.data.sources.synthetic import Synthetic
 from graft.data.splits import draw_splits
-from graft.data.synthetic import Synthetic
 from tests.unit.source_files import px
 
 CLASSES = ("cat", "dog", "owl")

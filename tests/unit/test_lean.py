@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from graft import trainer as trainer_module
 from graft.data.datamodule import TransferDataModule
-from graft.module import TransferModule
+from graft.training import trainer as trainer_module
+from graft.training.module import TransferModule
 from tests.conftest import Train, Trained, compose, equal
 
 # Five batches an epoch.

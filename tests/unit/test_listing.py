@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from graft.data.folder import EvalFolder, ImageFolder
-from graft.data.listing import list_images
+from graft.data.sources.folder import EvalFolder, ImageFolder
+from graft.data.sources.listing import list_images
 from tests.unit.source_files import RED, class_folders, corner, read, save
 
 

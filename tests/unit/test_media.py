@@ -15,14 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams import metadata
 
-from graft import pictures
-from graft.build import build
-from graft.fonts import drawable
-from graft.module import TransferModule
-from graft.runs.board import Links
+from graft.commands.board import Links
+from graft.reporting import pictures
+from graft.reporting.fonts import drawable
 from graft.runs.folder import RunFolder
 from graft.runs.records import find_runs
-from graft.scores import BINS, Predictions, reliability, scores
+from graft.tasks.scores import BINS, Predictions, reliability, scores
+from graft.training.build import build
+from graft.training.module import TransferModule
 from tests.conftest import TINY, Graft, Train, compose
 
 SHOWN = [*TINY[:-1], "logger=default"]

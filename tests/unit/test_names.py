@@ -3,8 +3,8 @@
 import pytest
 from rich.table import Table
 
-from graft.console import LiteralConsole
-from graft.names import file_word, shortened, visible
+from graft.config.names import file_word, shortened, visible
+from graft.reporting.console import LiteralConsole
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from graft.config import explain
-from graft.overrides import quote_paths, whole_command
+from graft.config.overrides import quote_paths, whole_command
+from graft.config.resolved import explain
 
 NAMES = [
     "a b", "a (1)", "été", "a&b", "a#b", "[x]", "a[x]", "{x}", "a=b", "it's", 'say "x"', "a;b",

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from graft.backbones.resnet_cifar import resnet_cifar
-from graft.build import build, build_stages
-from graft.module import TransferModule
-from graft.transfer.ema import EMA
-from graft.transfer.lora import LoRA, LowRank, add_adapters, merge_adapters
+from graft.models.resnet_cifar import resnet_cifar
+from graft.plan.lora import LoRA, LowRank, add_adapters, merge_adapters
+from graft.training.build import build, build_stages
+from graft.training.ema import EMA
+from graft.training.module import TransferModule
 from tests.conftest import TINY, Train, compose, same
 
 STAGE = "transfer.stages.finetune"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from graft.reading import read_csv, read_json, read_yaml, read_yaml_mapping, read_yaml_texts
+from graft.storage.reading import read_csv, read_json, read_yaml, read_yaml_mapping, read_yaml_texts
 
 CONFIG = """\
 seed: 0

@@ -6,7 +6,7 @@ from itertools import chain
 
 import numpy as np
 
-from graft.data.sampler import BatchOrder
+from graft.data.order import BatchOrder
 
 
 def order(**kwargs: object) -> list[list[int]]:

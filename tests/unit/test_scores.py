@@ -10,9 +10,9 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
-from graft import scores
-from graft.runs.evaluate import details
-from graft.scores import Predictions
+from graft.commands.evaluate import details
+from graft.tasks import scores
+from graft.tasks.scores import Predictions
 
 
 def made_up(n: int = 500, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

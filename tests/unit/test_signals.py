@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from graft.signals import requeue
-from graft.transfer.last_checkpoint import restoring
-from graft.watch import Watch
+from graft.training.last_checkpoint import restoring
+from graft.training.signals import requeue
+from graft.training.watch import Watch
 
 START = """
 import os, signal, time
-from graft.signals import StopSignals
+from graft.training.signals import StopSignals
 with StopSignals().handled() as stop:
     stop.training = True
 """
@@ -60,8 +60,8 @@ def test_signals_that_others_handle_stop_nothing() -> None:
 WAIT_FOR_EVER = """
 import ctypes, os, signal, subprocess, sys
 from types import SimpleNamespace
-from graft import watch
-from graft.signals import StopSignals
+from graft.training import watch
+from graft.training.signals import StopSignals
 kill = os.kill
 watch.ANSWER_SECONDS = 2
 watch.os = SimpleNamespace(**{**vars(os), "kill": lambda *of: of[1] == signal.SIGCONT or kill(*of)})
@@ -102,8 +102,8 @@ def test_a_rank_that_was_stopped_for_long_has_time_to_save(monkeypatch: pytest.M
     continued: list[int] = []
     looker = Watch(stop)
     monkeypatch.setattr(looker, "end", ended.append)
-    monkeypatch.setattr("graft.watch.stopped_child", lambda: 4711)
-    monkeypatch.setattr("graft.watch.os.kill", lambda pid, signum: continued.append(pid))
+    monkeypatch.setattr("graft.training.watch.stopped_child", lambda: 4711)
+    monkeypatch.setattr("graft.training.watch.os.kill", lambda pid, signum: continued.append(pid))
     for _ in range(60):
         looker.look()
     assert not continued

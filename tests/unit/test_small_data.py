@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from graft.backbones.base import Preprocessing
-from graft.build import processes
 from graft.data.datamodule import TransferDataModule, batch_size_for
-from graft.data.sampler import BatchOrder
-from graft.data.source import Source, Split, Splits
+from graft.data.order import BatchOrder
+from graft.data.sources.base import Source, Split, Splits
+from graft.training.build import processes
+from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import compose
 from tests.unit.source_files import px
 

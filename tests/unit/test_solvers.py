@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from graft.build import build
-from graft.heads import LinearHead, Standardize
-from graft.transfer.checkpoint import load_checkpoint
-from graft.transfer.solvers import lbfgs, ridge
+from graft.models.heads import LinearHead, Standardize
+from graft.training.build import build
+from graft.training.checkpoint import load_checkpoint
+from graft.training.solvers import lbfgs, ridge
 from tests.conftest import TINY, Graft, Train, compose
 
 Data = tuple[torch.Tensor, torch.Tensor]

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from graft.data.cifar import Cifar10
-from graft.data.decode import decode_batch
-from graft.data.digits import FILE, Digits
-from graft.data.folder import ImageFolder
-from graft.data.source import Source
-from graft.data.synthetic import Synthetic
+from graft.data.sources.base import Source
+from graft.data.sources.cifar import Cifar10
+from graft.data.sources.decode import decode_batch
+from graft.data.sources.digits import FILE, Digits
+from graft.data.sources.folder import ImageFolder
+from graft.data.sources.synthetic import Synthetic
 from tests.unit.source_files import (
     BLUE,
     GREEN,
@@ -97,7 +97,7 @@ def test_a_killed_build_leaves_nothing(
         return decode_batch(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("graft.data.folder.decode_batch", die)
+        patch.setattr("graft.data.sources.folder.decode_batch", die)
         assert together(lambda: source.prepare(px(32)), 1) == [-signal.SIGKILL]
     assert list(cache.glob("*.partial/train-images.npy"))
     with pytest.raises(FileNotFoundError, match="not decoded"):
@@ -119,7 +119,7 @@ def test_two_processes_build_one_cache(
     def work() -> None:
         assert corner(read(source).train.images)[0] == (200, 10, 20)
 
-    monkeypatch.setattr("graft.data.folder.decode_batch", counted)
+    monkeypatch.setattr("graft.data.sources.folder.decode_batch", counted)
     assert together(work, 3) == [0, 0, 0]
     assert len((tmp_path / "decoded").read_text()) == 12  # each image once
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graft.data.shards import ShardedRows, is_whole
-from graft.data.source import open_entry, read_entry, save_items, seal
+from graft.data.sources.base import open_entry, read_entry, save_items, seal
+from graft.storage.shards import ShardedRows, is_whole
 from tests.unit.test_reading import COUNTS, damaged
 
 

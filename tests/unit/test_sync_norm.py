@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from graft.backbones.base import Backbone
-from graft.backbones.resnet_cifar import resnet_cifar
-from graft.trainer import make_trainer, trainer_options
-from graft.transfer.freeze import (
+from graft.models.backbone import Backbone
+from graft.models.resnet_cifar import resnet_cifar
+from graft.plan.freeze import (
     NormPolicy,
     batch_norms,
     freeze_for_stage,
     learning_parameters,
     set_modes,
 )
-from graft.transfer.sync_norm import SyncBatchNorms
+from graft.training.sync_norm import SyncBatchNorms
+from graft.training.trainer import make_trainer, trainer_options
 from tests.conftest import compose, same
 
 
@@ -106,7 +106,7 @@ def test_sync_batchnorm_on_a_cpu_is_an_error() -> None:
 
 def test_the_switch_reaches_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     """On GPUs; here the options of a CPU, past the check."""
-    from graft.build import build_stages
+    from graft.training.build import build_stages
 
     config = compose("trainer=ddp_cpu")
     options = {**trainer_options(config["trainer"]), "sync_batchnorm": True}

@@ -6,9 +6,9 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from graft import report
-from graft.startup import is_first_process
-from graft.trainer import trainer_options
+from graft.reporting import report
+from graft.runs.startup import is_first_process
+from graft.training.trainer import trainer_options
 from tests.conftest import Train, compose
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}

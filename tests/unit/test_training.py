@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from graft.build import build, build_stages
 from graft.data.datamodule import TransferDataModule
-from graft.module import TransferModule
-from graft.startup import import_libraries
-from graft.transfer import schedules
-from graft.transfer.checkpoint import load_checkpoint
+from graft.plan import schedules
+from graft.runs.startup import import_libraries
+from graft.training.build import build, build_stages
+from graft.training.checkpoint import load_checkpoint
+from graft.training.module import TransferModule
 from tests.conftest import TINY, Train, compose, same
 
 
@@ -343,7 +343,7 @@ def test_the_garbage_collector_works_again_after_the_imports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As if this were the first run of the process.
-    monkeypatch.setattr("graft.startup.sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr("graft.runs.startup.sys", SimpleNamespace(modules={}))
     try:
         import_libraries()
         assert gc.isenabled()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.backbones.base import Backbone
-from graft.backbones.resnet_cifar import resnet_cifar
-from graft.backbones.torchvision import torchvision_backbone
-from graft.heads import LinearHead
-from graft.transfer import schedules
-from graft.transfer.freeze import (
+from graft.models.backbone import Backbone
+from graft.models.heads import LinearHead
+from graft.models.resnet_cifar import resnet_cifar
+from graft.models.torchvision import torchvision_backbone
+from graft.plan import schedules
+from graft.plan.freeze import (
     NormPolicy,
     batch_norms,
     freeze_for_stage,
@@ -19,7 +19,7 @@ from graft.transfer.freeze import (
     prefix_length,
     set_modes,
 )
-from graft.transfer.param_groups import describe_groups, param_groups
+from graft.plan.param_groups import describe_groups, param_groups
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision import models
 
-from graft.backbones.base import Preprocessing
-from graft.backbones.resnet_cifar import resnet_cifar
-from graft.backbones.timm import timm_backbone
-from graft.backbones.torchvision import torchvision_backbone
-from graft.build import build_backbone
-from graft.data.features import weights_digest
+from graft.models.resnet_cifar import resnet_cifar
+from graft.models.timm import timm_backbone
+from graft.models.torchvision import torchvision_backbone
+from graft.storage.digests import weights_digest
+from graft.training.build import build_backbone
+from graft.transforms.preprocessing import Preprocessing
 
 State = dict[str, Tensor]
 
@@ -181,7 +181,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint_and_preprocessing(tmp_path:
 
 def test_the_preprocessing_of_weights_of_ones_own_is_a_group_of_keys() -> None:
     config = {
-        "_target_": "graft.backbones.resnet_cifar.resnet_cifar",
+        "_target_": "graft.models.resnet_cifar.resnet_cifar",
         "weights": None,
         "preprocessing": {"mean": [0.5, 0.5, 0.5], "std": None, "interpolation": "bicubic"},
     }

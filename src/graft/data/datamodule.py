@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from graft.backbones.base import Preprocessing
-from graft.data.batch_transforms import Augment, Prepare
 from graft.data.datasets import Batch, FeatureDataset, ImageDataset, drawn_view, views_count
-from graft.data.features import StoredFeatures, images_digest
 from graft.data.items import SplitRecord
 from graft.data.loaders import Batches, whole_batches
+from graft.data.order import BatchOrder
 from graft.data.resident import ResidentDataset, resides
 from graft.data.sample_transform import SampleTransformed, WithEpoch
-from graft.data.sampler import BatchOrder
-from graft.data.source import Source
+from graft.data.sources.base import Source
 from graft.data.splits import check_splits, draw_splits
+from graft.storage.digests import images_digest
+from graft.storage.stored import StoredFeatures
+from graft.transforms.images import Augment, Prepare
+from graft.transforms.preprocessing import Preprocessing
 
 FEW_STEPS = 8
 """Below that many steps an epoch is too short to train on, and a note says so."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from graft.data.draws import VIEW, uniform
-from graft.data.features import StoredFeatures
-from graft.data.sampler import Positions
-from graft.data.source import Split, rows_of
+from graft.data.order import Positions
+from graft.data.sources.base import Split
+from graft.storage.npy import rows_of
+from graft.storage.stored import StoredFeatures
+from graft.transforms.draws import VIEW, uniform
 
 Batch = dict[str, Tensor]
 

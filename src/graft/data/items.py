@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft.data.datasets import ImageDataset
-from graft.data.source import Split, Splits, content_digest
+from graft.data.sources.base import Split, Splits
+from graft.storage.digests import content_digest
 
 FILE = "splits.npz"
 SPLITS = ("train", "val", "test")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graft.data.datasets import Batch
-from graft.data.sampler import BatchOrder
+from graft.data.order import BatchOrder
 
 
 class Batches:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Dataset
 
-from graft.data.features import DEVICE_SHARE
+from graft.storage.stored import DEVICE_SHARE
 
 if TYPE_CHECKING:
     from graft.data.datasets import Batch, ImageDataset
-    from graft.data.sampler import Positions
+    from graft.data.order import Positions
 
 CHUNK = 4096  # images on their way to the device
 

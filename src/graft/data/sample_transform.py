@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from graft.data.draws import sample_seed
-from graft.data.sampler import BatchOrder, Positions
+from graft.data.order import BatchOrder, Positions
+from graft.transforms.draws import sample_seed
 
 if TYPE_CHECKING:
     from graft.data.datasets import Batch, ImageDataset

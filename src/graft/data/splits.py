@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from graft.data.datasets import ImageDataset
-from graft.data.source import Split, Splits
+from graft.data.sources.base import Split, Splits
 from graft.data.subset import shots_per_class as draw_shots
 from graft.data.subset import stratified_fraction, stratified_split
 

@@ -19,15 +19,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from graft.disk import create_exclusively, overwrite, remove_leftovers, write_atomically
-from graft.names import file_word, shortened
+from graft.config.names import file_word, shortened
 from graft.runs import resources
-from graft.runs.run_json import read_record
-from graft.signals import slurm_job
+from graft.storage.disk import create_exclusively, overwrite, remove_leftovers, write_atomically
+from graft.storage.run_json import read_record
+from graft.training.signals import slurm_job
 
 STATUSES = ("queued", "running", "done", "failed", "preempted", "pruned")
 FINAL = ("done", "pruned")
-FORMAT = 2  # 1 did not record what resuming and comparing need
+FORMAT = 3
+OLDEST = 2  # 1 did not record what resuming and comparing need; see `config.renamed`
 LOCK_SECONDS = 10.0  # workers of a run that was killed hold its lock until they notice
 DIFF_LIMIT = 1_000_000  # bytes of git.diff
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
@@ -44,7 +45,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record: dict[str, Any] = {}
-        self.writing = threading.RLock()  # see graft.watch
+        self.writing = threading.RLock()  # see graft.training.watch
 
     @classmethod
     def create(
@@ -133,11 +134,11 @@ class RunFolder:
             inside = sorted(p.parent.name for p in path.glob("*/run.json"))
             hint = f"; there are {len(inside)} in it, like {path / inside[-1]}" if inside else ""
             raise ValueError(f"{path} is not a run folder: no readable run.json{hint}") from error
-        if found != FORMAT:
+        if not OLDEST <= found <= FORMAT:
             age = "a newer" if found > FORMAT else "an older"
             raise ValueError(
                 f"{path} was written by {age} version of graft: its format is {found}, this one "
-                f"reads {FORMAT}"
+                f"reads {OLDEST} to {FORMAT}"
             )
         return folder
 

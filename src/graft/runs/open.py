@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graft.config import check_values, leaves, set_leaf
-from graft.objects import require_trusted, trusts_all
-from graft.overrides import is_path, own_cache, place
-from graft.reading import read_yaml_mapping, read_yaml_texts
+from graft.config.overrides import is_path, own_cache, place
+from graft.config.renamed import current_name, with_current_names
+from graft.config.resolved import check_values, leaves, set_leaf
 from graft.runs.folder import FORMAT
-from graft.runs.run_json import read_record
+from graft.runs.trust import require_trusted, trusts_all
+from graft.storage.reading import read_yaml_mapping, read_yaml_texts
+from graft.storage.run_json import read_record
 
 CONFIG = "config.yaml"
 OF_WANDB = re.compile(r"wandb/(offline-)?run-[^/]+/logs/debug[\w-]*\.log")  # its own
@@ -48,7 +49,7 @@ def read_config(
             itself.
     """
     require_closed(run)
-    config = read_yaml_mapping(run / CONFIG)
+    config = with_current_names(read_yaml_mapping(run / CONFIG))
     if "${" in str(config):
         raise ValueError(f"{run / CONFIG} is damaged: it holds ${{...}}, and a run's is resolved")
     with damaged(run / CONFIG):
@@ -66,7 +67,7 @@ def read_config(
 
 
 def read_overrides(run: Path) -> list[str]:
-    return read_yaml_texts(run / "overrides.yaml")
+    return [current_name(text) for text in read_yaml_texts(run / "overrides.yaml")]
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def require_closed(folder: Path) -> None:
                         f"{path} is a link that leads out of the run folder: remove it"
                     )
             elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                from graft.data.decode import why_no_file
+                from graft.data.sources.decode import why_no_file
 
                 raise ValueError(f"{path} is {why_no_file(status)}: remove it")
 

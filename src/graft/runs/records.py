@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graft.config import leaves
-from graft.reading import read_yaml_mapping
+from graft.config.renamed import with_current_names
+from graft.config.resolved import leaves
 from graft.runs.folder import FORMAT
-from graft.runs.run_json import SHAPES, read_record
+from graft.storage.reading import read_yaml_mapping
+from graft.storage.run_json import SHAPES, read_record
 
 # Config keys that make no other experiment: no result depends on them.
 IGNORED = (
@@ -172,6 +173,7 @@ def read_run(path: Path) -> Run:
             written = f"written by a newer graft (format {record['format']}, this one: {FORMAT})"
             return Run(path, record, {}, f"{written}: update graft")
         config = record.get("config") or read_yaml_mapping(path / "config.yaml")
+        config = with_current_names(config)
         if not SHAPES["config"](config):
             return Run(path, {}, {}, "config.yaml is damaged: a group of it is no mapping")
     except (OSError, ValueError) as error:

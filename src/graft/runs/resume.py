@@ -1,8 +1,7 @@
-"""`graft resume RUN`: go on with a run that was stopped, in its own folder."""
+"""Going on with a run that was stopped, in its own folder."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -10,19 +9,19 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.config import CONFIGS, check, leaves, moved, set_leaf
-from graft.objects import add_trust
-from graft.overrides import PLACES, key_of, path_of
-from graft.runs.folder import FINAL, RunFolder
+from graft.config.overrides import PLACES, key_of, path_of
+from graft.config.renamed import with_current_names
+from graft.config.resolved import CONFIGS, check, leaves, moved, set_leaf
+from graft.runs.folder import FINAL, FORMAT, RunFolder
 from graft.runs.open import damaged, read_checkpoint, read_config, read_overrides, require_closed
-from graft.runs.run_json import read_record
-from graft.runs.sweep import SWEEP, require_harmless, start_again
-from graft.signals import slurm_job
-from graft.startup import import_libraries, is_first_process
-from graft.train import entry, recorded
+from graft.runs.startup import import_libraries, is_first_process
+from graft.runs.train import run_in_folder
+from graft.runs.trust import require_harmless
+from graft.storage.run_json import read_record
+from graft.training.signals import slurm_job
 
 if TYPE_CHECKING:
-    from graft.transfer.results import Resumed
+    from graft.plan.results import Resumed
 
 Tell = Callable[[str], Any]
 
@@ -44,23 +43,9 @@ REASONS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="graft resume",
-        description="Go on with a run that was stopped, in its own folder; or with a sweep, whose "
-        "jobs that are not done are resumed or run.",
-    )
-    parser.add_argument("run", type=Path, help="its folder, or that of a sweep")
-    parser.add_argument("overrides", nargs="*", default=[], help="like trainer.max_epochs=20")
-    add_trust(parser)
-    arguments = parser.parse_args()
-    if (arguments.run / SWEEP).is_file():
-        start_again(arguments.run, arguments.overrides)
-    else:
-        go_on(arguments.run, arguments.overrides)
-
-
-def go_on(path: Path, overrides: Sequence[str] = (), *, trusted: bool = False) -> dict[str, float]:
+def resume_run(
+    path: Path, overrides: Sequence[str] = (), *, trusted: bool = False
+) -> dict[str, float]:
     """Run what is left of the run in this folder, everything of one that is queued.
 
     Args:
@@ -91,8 +76,8 @@ def go_on(path: Path, overrides: Sequence[str] = (), *, trusted: bool = False) -
                 folder.write("config.yaml", config)
                 folder.write("overrides.yaml", [*read_overrides(folder.path), *overrides])
             (folder.path / "error.log").unlink(missing_ok=True)
-            folder.update(config=config)
-        return recorded(config, folder if first else None, resumed)
+            folder.update(format=FORMAT, config=config)
+        return run_in_folder(config, folder if first else None, resumed)
 
 
 def run_of_this_job(logs: Path, overrides: Sequence[str]) -> Path | None:
@@ -179,8 +164,8 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
 def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -> Resumed:
     """How far the run came: its stages done, and the checkpoint of the one after them."""
     from graft.data.items import SplitRecord
-    from graft.transfer.checkpoint import is_whole
-    from graft.transfer.results import Resumed, StageResult
+    from graft.plan.results import Resumed, StageResult
+    from graft.training.checkpoint import is_whole
 
     names = list(config["transfer"]["stages"])
     done = [StageResult.recorded(record, folder.path) for record in folder.record["stages"]]
@@ -210,7 +195,7 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
         return resumed
     checkpoint = read_checkpoint(path, mmap=True)
     now = dict(leaves(config))
-    for key, value in leaves(checkpoint["graft"]["config"]):
+    for key, value in leaves(with_current_names(checkpoint["graft"]["config"])):
         if repr(now.get(key)) != repr(value):  # somebody has edited config.yaml
             refuse(key)
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
@@ -228,7 +213,8 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
 
 def lost_best(last: Path) -> Path | None:
     """The best checkpoint of the stage so far, if there was one and it cannot be used."""
-    from graft.transfer.checkpoint import BEST, is_whole
+    from graft.plan.results import BEST
+    from graft.training.checkpoint import is_whole
 
     checkpoint = read_checkpoint(last, mmap=True)
     with damaged(last):
@@ -239,7 +225,8 @@ def lost_best(last: Path) -> Path | None:
 
 def usable(stage: Path, tell: Tell = print) -> Path | None:
     """The last checkpoint of a stage that can be read, if there is any."""
-    from graft.transfer.checkpoint import LAST, PREVIOUS, is_whole
+    from graft.plan.results import LAST, PREVIOUS
+    from graft.training.checkpoint import is_whole
 
     last, previous = stage / LAST, stage / PREVIOUS
     if is_whole(last):
@@ -250,7 +237,3 @@ def usable(stage: Path, tell: Tell = print) -> Path | None:
         instead = "the one before it is used" if found else "and there is none before it"
         tell(f"note: {last} is {state}: {instead}")
     return previous if found else None
-
-
-if __name__ == "__main__":
-    entry(main)

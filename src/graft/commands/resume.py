@@ -1,0 +1,55 @@
+"""`graft resume`: go on with a run that was stopped, or with a sweep."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from graft.commands.train import main as train
+from graft.config.overrides import key_of, quoted
+from graft.config.renamed import current_name
+from graft.runs.entry import entry
+from graft.runs.open import require_closed
+from graft.runs.resume import resume_run
+from graft.runs.trust import add_trust, require_harmless
+from graft.storage.reading import read_yaml_texts
+from graft.sweeps import sweep as sweeps
+from graft.sweeps.sweep import SWEEP
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="graft resume",
+        description="Go on with a run that was stopped, in its own folder; or with a sweep, whose "
+        "jobs that are not done are resumed or run.",
+    )
+    parser.add_argument("run", type=Path, help="its folder, or that of a sweep")
+    parser.add_argument("overrides", nargs="*", default=[], help="like trainer.max_epochs=20")
+    add_trust(parser)
+    arguments = parser.parse_args()
+    if (arguments.run / SWEEP).is_file():
+        resume_sweep(arguments.run, arguments.overrides)
+    else:
+        resume_run(arguments.run, arguments.overrides)
+
+
+def resume_sweep(sweep: Path, overrides: Sequence[str]) -> None:
+    """The same command line, with `overrides` in place of earlier ones: what is done stays."""
+    asked = {key_of(override) for override in overrides}
+    require_closed(sweep)
+    noted = read_yaml_texts(sweep / SWEEP)  # ${...} as it was written
+    before = [current_name(o) for o in noted if key_of(o) not in asked]
+    require_harmless(before, sweep / SWEEP)
+    sweeps.read_from = sweep / SWEEP
+    folder = quoted("hydra.sweep.dir", str(sweep.resolve()))
+    sys.argv[1:] = ["--multirun", *before, *overrides, folder]
+    try:
+        train()
+    finally:
+        sweeps.read_from = None
+
+
+if __name__ == "__main__":
+    entry(main)

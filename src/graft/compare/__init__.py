@@ -1,0 +1,1 @@
+"""Run folders as a table, its statistics and plots."""

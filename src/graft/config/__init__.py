@@ -1,0 +1,1 @@
+"""Configs as plain values: checks, overrides, explanations of errors. Nothing heavy here."""

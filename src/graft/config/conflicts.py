@@ -1,0 +1,199 @@
+"""Values of a config that are fine alone and not together; found before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
+
+# Callbacks of Lightning's that have no place in a run, and what has.
+_OWN_PROGRESS = "a run prints its own progress"
+REFUSED_CALLBACKS = {
+    "ModelCheckpoint": "a run keeps best.ckpt and last.ckpt: see trainer.checkpoint_every_n_steps",
+    "OnExceptionCheckpoint": "last.ckpt is there already, for `graft resume`",
+    "LearningRateFinder": "sweep it: -m optimizer.lr=0.001,0.01,0.1",
+    "BatchSizeFinder": "set data.batch_size",
+    "BaseFinetuning": "what learns when is a transfer plan: see transfer=gradual",
+    "BackboneFinetuning": "what learns when is a transfer plan: see transfer=gradual",
+    "ModelPruning": "it cannot handle convolutions in the memory format that is fast",
+    "ProgressBar": _OWN_PROGRESS,
+    "RichProgressBar": _OWN_PROGRESS,
+    "TQDMProgressBar": _OWN_PROGRESS,
+}
+
+
+def conflict(plain: dict[str, Any]) -> str | None:
+    """The first conflict in a resolved config, in one line."""
+    return (
+        _stage_problem(plain)
+        or _grid_problem(plain)
+        or _solver_problem(plain)
+        or _batchnorm_problem(plain)
+        or _augment_problem(plain)
+        or _sharding_problem(plain)
+        or _logger_problem(plain)
+        or _callback_problem(plain)
+    )
+
+
+def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """The first override of a single run that nothing acts on. (Of a sweep, another job may.)"""
+    stages = plain["transfer"]["stages"].values()
+    augments = any(
+        stage.get("augment", True) is not False or isinstance(stage.get("views"), int)
+        for stage in stages
+    )
+    solved = all(stage.get("solver", "sgd") != "sgd" for stage in stages)
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith("data.augment.") and not augments:
+            return (
+                f"{override}: no stage of this plan augments its images: set "
+                f"transfer.stages.{next(iter(plain['transfer']['stages']))}.augment=true"
+            )
+        if key.startswith(("optimizer.lr", "scheduler.")) and solved:
+            return f"{override}: this plan solves for its head, without steps"
+    return None
+
+
+def _stage_problem(plain: dict[str, Any]) -> str | None:
+    """What contradicts itself within a stage, or would do nothing."""
+    for name, stage in plain["transfer"]["stages"].items():
+        key = f"transfer.stages.{name}"
+        if stage.get("trainable", "all") != "head":
+            if stage.get("lora") and stage.get("l2_sp"):
+                return f"{key}.l2_sp: adapters of lora leave the pretrained weights as they are"
+            continue
+        if not stage.get("train_head", True):
+            return f"{key}: trainable=head and train_head=false: nothing would learn"
+        for option in ("lora", "l2_sp"):
+            if stage.get(option):
+                return f"{key}.{option} is about the backbone, and trainable=head freezes that"
+    return None
+
+
+def _augment_problem(plain: dict[str, Any]) -> str | None:
+    """What a user set and no stage would act on."""
+    stages = plain["transfer"]["stages"]
+    known = [key for key in plain["data"].get("augment") or {} if key != "_target_"]
+    for name, stage in stages.items():
+        own = stage.get("augment", True)
+        if known and isinstance(own, dict) and (unknown := own.keys() - known):
+            return f"no key {min(unknown)} in transfer.stages.{name}.augment: {', '.join(known)}"
+        views = stage.get("views", "none")
+        if views != "none" and stage.get("augment", True) is not False:
+            return (
+                f"transfer.stages.{name}.views={views} takes the place of fresh augmentation: set "
+                f"transfer.stages.{name}.augment=false"
+            )
+        if isinstance(views, int) and plain["data"].get("augment") is None:
+            return f"transfer.stages.{name}.views={views}: data.augment is null, all would be equal"
+    if plain["data"].get("sample_transform") is not None and not any(
+        stage.get("augment", True) is not False for stage in stages.values()
+    ):
+        return "data.sample_transform: no stage of this plan augments, so it would do nothing"
+    return None
+
+
+def _grid_problem(plain: dict[str, Any]) -> str | None:
+    """What keeps a grid of heads from being the same heads, each trained alone."""
+    head = plain["head"]
+    grid = head.get("grid")
+    if grid is None:
+        return None
+    for key, values in grid.items():
+        if values and len(set(values)) < len(values):
+            return f"head.grid.{key}={values}: a value is there twice"
+    name, stage = next(iter(plain["transfer"]["stages"].items()))
+    if stage.get("trainable", "all") != "head":
+        return (
+            f"head.grid: the first stage, {name}, trains more than the head, and heads can't share "
+            "that: use transfer=linear_probe, or a plan that starts with trainable: head"
+        )
+    if stage.get("solver", "sgd") != "sgd":
+        return f"head.grid: transfer.stages.{name}.solver={stage['solver']} solves for one head"
+    own = stage.get("augment", True)
+    augment = {**(plain["data"].get("augment") or {}), **(own if isinstance(own, dict) else {})}
+    if own is not False and (augment.get("mixup") or augment.get("cutmix")):
+        return "head.grid: knows hard labels: set data.augment.mixup=0 and data.augment.cutmix=0"
+    if plain["trainer"].get("gradient_clip_val") is not None:
+        return "head.grid: trainer.gradient_clip_val takes a norm over all heads: set it to null"
+    if str(plain["trainer"].get("precision")).startswith("16"):
+        return (
+            "head.grid: in trainer.precision=16-mixed one diverging head rescales the loss of all: "
+            "use trainer.precision=auto"
+        )
+    if head.get("dropout"):
+        return (
+            f"head.dropout={head['dropout']}: heads of a grid would draw other masks than alone: "
+            "set it to 0, or head.grid=null"
+        )
+    return None
+
+
+def _solver_problem(plain: dict[str, Any]) -> str | None:
+    head = plain["head"]
+    for name, stage in plain["transfer"]["stages"].items():
+        if (solver := stage.get("solver", "sgd")) == "sgd":
+            continue
+        key = f"transfer.stages.{name}.solver={solver}"
+        if stage.get("trainable", "all") != "head":
+            return f"{key}: solves for a head alone: set transfer.stages.{name}.trainable=head"
+        if head["_target_"] != "graft.models.heads.LinearHead":
+            return f"{key}: solves for a linear head: use head=linear, or solver=sgd"
+        if stage.get("cache", "auto") == "off":
+            return f"{key}: needs stored features: set transfer.stages.{name}.cache=on"
+        if head.get("dropout"):
+            return f"{key}: knows no dropout: set head.dropout=0"
+        if head.get("norm") == "batchnorm":
+            return f"{key}: knows no batches: set head.norm=standardize or none"
+    return None
+
+
+def _batchnorm_problem(plain: dict[str, Any]) -> str | None:
+    if plain["head"].get("norm") == "batchnorm" and plain["data"].get("batch_size") == 1:
+        return "head.norm=batchnorm: one image has no statistics: use data.batch_size=2 or more"
+    return None
+
+
+def _sharding_problem(plain: dict[str, Any]) -> str | None:
+    """What works on whole weights, where each device has a part of them."""
+    trainer = plain["trainer"]
+    if trainer.get("strategy") != "fsdp":
+        return None
+    for name, stage in plain["transfer"]["stages"].items():
+        for option in ("l2_sp", "ema"):
+            if stage.get(option) and stage.get("trainable", "all") != "head":
+                return (
+                    f"transfer.stages.{name}.{option}: needs whole weights on each device, and "
+                    "trainer=fsdp has parts of them: use trainer=ddp"
+                )
+    if trainer.get("compile"):
+        return (
+            "trainer.compile: blocks that trainer=fsdp has put together again are not compiled any "
+            "more: set it to false"
+        )
+    if str(trainer.get("precision")).startswith("16"):
+        return (
+            f"trainer.precision={trainer['precision']}: with trainer=fsdp each device would scale "
+            "the loss on its own: use bf16-mixed"
+        )
+    return None
+
+
+def _logger_problem(plain: dict[str, Any]) -> str | None:
+    for logger in (plain.get("logger") or {}).values():
+        package = PACKAGES.get((logger or {}).get("_target_", ""))
+        if package and find_spec(package) is None:
+            return f"logger={package} needs another package: pip install 'graft[{package}]'"
+    return None
+
+
+def _callback_problem(plain: dict[str, Any]) -> str | None:
+    for key, callback in (plain.get("callbacks") or {}).items():
+        library, _, name = str((callback or {}).get("_target_")).rpartition(".")
+        if library.startswith("lightning.") and name in REFUSED_CALLBACKS:
+            return f"callbacks.{key}: {name} is not used here: {REFUSED_CALLBACKS[name]}"
+    return None

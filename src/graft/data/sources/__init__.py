@@ -1,0 +1,1 @@
+"""Data sets: folders of images, CIFAR-10, digits, synthetic images."""

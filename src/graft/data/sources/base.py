@@ -1,0 +1,162 @@
+"""What a data set is (`Source`), and the cache that decoded images are kept in.
+
+A cache entry is a folder of `.npy` files plus `entry.json`. It is written elsewhere and renamed
+when complete, so a build that was killed, or ran out of disk, is never taken for a data set.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graft.storage.npy import NpyWriter
+from graft.storage.reading import read_json
+
+if TYPE_CHECKING:
+    from graft.transforms.preprocessing import Preprocessing
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their labels, and what tells an item again: a source may leave that out."""
+
+    images: NDArray[np.uint8]  # (N, 3, H, W), in memory or memory-mapped read-only
+    labels: NDArray[np.int64]  # (N,)
+    names: NDArray[np.bytes_] | None = None  # (N,) paths below the root; None: positions
+    digests: NDArray[np.uint64] | None = None  # (N,) `content_digest` of each; None: of its pixels
+
+
+@dataclass(frozen=True)
+class Splits:
+    classes: list[str]
+    train: Split
+    val: Split | None  # None: drawn from train by the datamodule
+    test: Split | None
+    # What was black and white in images of more than 8 bits; other images are to be read alike.
+    value_range: tuple[float, float] | None = None
+
+
+class Source(ABC):
+    """A data set. One class, one YAML. Plain constructor arguments."""
+
+    def prepare(self, preprocessing: Preprocessing) -> None:  # noqa: B027 (may need nothing)
+        """Download and decode once; safe when several processes start together.
+
+        Args:
+            preprocessing: how larger or mixed-size images are resized to be stored.
+        """
+
+    @abstractmethod
+    def load(self, preprocessing: Preprocessing) -> Splits:
+        """Open what `prepare(preprocessing)` wrote, without a copy."""
+
+
+def save_items(
+    folder: Path,
+    split: str,
+    labels: Sequence[int],
+    digests: Sequence[int],
+    names: Sequence[bytes] | None = None,
+) -> None:
+    """Write what a `Split` has beside its images."""
+    arrays = {"labels": np.array(labels, np.int64), "digests": np.array(digests, np.uint64)}
+    if names is not None:
+        arrays["names"] = np.array(names, np.bytes_)
+    for name, values in arrays.items():
+        with NpyWriter(folder / f"{split}-{name}.npy", (), values.dtype) as file:
+            file.append(values)
+
+
+def seal(folder: Path, classes: Sequence[str], **extra: Any) -> None:
+    """Write `entry.json`: the classes, and what tells a torn file, or a torn `entry.json`."""
+    files = {path.name: _mark(path) for path in sorted(folder.glob("*.npy"))}
+    info = {"classes": list(classes), "files": files, **extra}
+    with (folder / "entry.json").open("w", encoding="utf-8") as file:
+        file.write(json.dumps({**info, "checksum": _checksum(info)}, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _mark(path: Path) -> list[int]:
+    """A file's size and a checksum of its header: enough to map it without a surprise."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, zlib.crc32(file.read(128))]
+
+
+def _checksum(info: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(info, sort_keys=True).encode())
+
+
+def read_entry(entry: Path) -> dict[str, Any] | None:
+    """The `entry.json` of a complete cache entry; None when it is missing or damaged."""
+    try:
+        info = read_json(entry / "entry.json", 1 << 30)
+        whole = (
+            info.pop("checksum", None) == _checksum(info)
+            and all(_mark(entry / name) == mark for name, mark in info["files"].items())
+            and _is_consistent(entry, info)
+        )
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # `locked` says why
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError):
+        whole = False
+    if not whole:
+        log.warning("%s is damaged and will be built again", entry)
+        return None
+    return info
+
+
+def _is_consistent(entry: Path, info: dict[str, Any]) -> bool:
+    """Whether the files are arrays of the types and lengths that a split has; it may raise."""
+    if not all(isinstance(name, str) for name in info["classes"]):
+        return False
+    for name in ("train", "val", "test"):
+        files = [file for file in info["files"] if file.startswith(f"{name}-")]
+        arrays = {file: np.load(entry / Path(file).name, mmap_mode="r") for file in files}
+        if len({len(array) for array in arrays.values()}) > 1:
+            return False
+        images = arrays.get(f"{name}-images.npy")
+        if images is not None and (images.dtype != np.uint8 or images.ndim != 4):
+            return False
+        labels = arrays.get(f"{name}-labels.npy")
+        if labels is not None and (labels.dtype != np.int64 or labels.ndim != 1):
+            return False
+    return True
+
+
+def open_entry(entry: Path) -> Splits:
+    """The splits in a cache entry, images memory-mapped read-only."""
+    info = read_entry(entry)
+    if info is None:
+        raise FileNotFoundError(f"{entry}: no complete cache entry; call prepare() before load()")
+
+    def array(file: str) -> NDArray[Any] | None:
+        return np.load(entry / file) if file in info["files"] else None
+
+    def split(name: str) -> Split | None:
+        if f"{name}-images.npy" not in info["files"]:
+            return None
+        images = np.load(entry / f"{name}-images.npy", mmap_mode="r")
+        labels = np.load(entry / f"{name}-labels.npy")
+        return Split(images, labels, array(f"{name}-names.npy"), array(f"{name}-digests.npy"))
+
+    train = split("train")
+    if train is None:
+        raise FileNotFoundError(f"{entry}: the cache entry has no train split; delete it")
+    limits = info.get("value_range")
+    return Splits(
+        info["classes"], train, split("val"), split("test"), tuple(limits) if limits else None
+    )

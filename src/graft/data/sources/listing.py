@@ -1,0 +1,267 @@
+"""Which files of a folder are the images of which split and class, and what is left unused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from graft.config.names import visible
+from graft.data.sources.decode import EXTENSIONS, why_no_file
+
+# In any case, with or without a suffix: Train, test_set, val-images. As Hugging Face's
+# datasets reads them: eval is a test split, dev a validation split.
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval", "evaluation", "holdout"),
+}
+SUFFIX = re.compile(r"[-_ ]?(set|data|images|split)$")
+
+# What systems and tools put beside data, in lower case; hidden names (.*) are left out too.
+JUNK = {
+    *("@eadir", "#recycle", "#snapshot", "__macosx", "lost+found", "$recycle.bin", "recycler"),
+    *("system volume information", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+# Files that describe images: none of them is an image that got lost.
+NOTES = {
+    *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".log"),
+    *(".pdf", ".ini", ".py", ".ipynb", ".sh", ".md5", ".sha256", ".db", ".xlsx", ".zip"),
+}
+
+
+@dataclass
+class Listing:
+    """The files of a data set in a fixed order; `digest` covers names, sizes and mtimes."""
+
+    classes: list[str] = field(default_factory=list)
+    folders: dict[str, str] = field(default_factory=dict)  # split -> its folder: val -> valid
+    images: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # (path, label)
+    broken: list[tuple[str, str]] = field(default_factory=list)  # (path, why): no files at all
+    ignored: list[str] = field(default_factory=list)  # no images by their extension
+    unused: list[str] = field(default_factory=list)  # beside the splits or the classes
+    junk: Counter[str] = field(default_factory=Counter)
+    digest: str = ""
+
+
+def list_images(root: Path, *, evaluation: bool = False) -> Listing:
+    """Walk the class folders; every complaint is one line that names the path.
+
+    The images are in `train/<class>/*`, with `val` and `test` beside it if they are there, or
+    straight in `<class>/*`.
+
+    Args:
+        evaluation: list the test split or, without one, the class folders alone, as "train"; one
+            class is enough, and a class may be empty.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{visible(str(root))}: no such folder; data.root= says where the images are"
+        )
+    return _Lister(root, evaluation).listed()
+
+
+def class_name(folder: str) -> str:
+    """The class that a folder's name stands for: one for all Unicode normal forms of a name, and
+    text that every writer takes where the name is not UTF-8.
+    """
+    if folder.isascii():
+        return folder
+    return unicodedata.normalize("NFC", os.fsencode(folder).decode("utf-8", "backslashreplace"))
+
+
+class _Lister:
+    def __init__(self, root: Path, evaluation: bool) -> None:
+        self.root, self.evaluation = root, evaluation
+        self.listing = Listing()
+        self.digest = hashlib.sha256(os.fsencode(f"{root.resolve()}\0"))
+
+    def listed(self) -> Listing:
+        listing = self.listing
+        folders, files = self._level(".")
+        named = {name: _split_of(name) for name in folders if _split_of(name)}
+        found = self._split_folders(named)
+        splits = found if "train" in found else {"train": ".", **found}
+        if self.evaluation:
+            splits = {"train": found.get("test") or found.get("val") or "."}
+        for split, place in splits.items():
+            inner, beside = (folders, files) if place == "." else self._level(place)
+            groups: dict[str, list[str]] = {}
+            for name in inner:
+                # Class folders at the root: a flat test/ beside them is unlabelled images.
+                if place != "." or self.evaluation or named.get(name) in (None, "train"):
+                    groups.setdefault(class_name(name), []).append(_join(place, name))
+            if split == "train":
+                listing.classes = sorted(groups)
+                self._check_classes(place)
+            elif not groups.keys() & set(listing.classes):
+                listing.unused.append(f"{place}/ (none of its folders is a class of train)")
+                continue
+            listing.folders[split] = place
+            listing.images[split] = []
+            for name in sorted(groups):
+                self._list_class(split, name, groups[name])
+            if place != ".":
+                listing.unused += [f"{place}/{name}" for name in beside]
+        known = {*found.values(), *(listing.classes if splits["train"] == "." else ())}
+        for name in folders:
+            if class_name(name) not in known:
+                flat = " (no class folders in it)" if name in named else ""
+                listing.unused.append(f"{name}/{flat}")
+        listing.unused += files
+        listing.digest = self.digest.hexdigest()[:32]
+        return listing
+
+    def _level(self, place: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the files in a folder, sorted."""
+        folders: list[str] = []
+        files: list[str] = []
+        for entry in self._entries(self.root / place):
+            is_folder, _, why = _look(entry)
+            if why:
+                self._note_broken(_join(place, entry.name), why)
+            else:
+                (folders if is_folder else files).append(entry.name)
+        return sorted(folders), sorted(files)
+
+    def _split_folders(self, named: dict[str, str]) -> dict[str, str]:
+        """split -> its folder, of those that hold folders; of a flat one the labels are unknown."""
+        found: dict[str, str] = {}
+        for name, split in named.items():
+            with os.scandir(self.root / name) as entries:
+                if not any(entry.is_dir() and not _is_junk(entry.name) for entry in entries):
+                    continue
+            if split in found:
+                raise ValueError(
+                    f"{visible(str(self.root))}: both {found[split]} and {name}; "
+                    f"which one is the {split} split?"
+                )
+            found[split] = name
+        return {split: found[split] for split in SPLITS if split in found}
+
+    def _check_classes(self, place: str) -> None:
+        names, where = self.listing.classes, self._shown(place)
+        if all(_split_of(name) for name in names) and place == "." and not self.evaluation:
+            inner = f"no class folders in {names[0]}" if names else "no train folder"
+            raise ValueError(
+                f"{where}: {inner}; expected {where}/train/<class>/<image> or "
+                f"{where}/<class>/<image>"
+            )
+        if not names:
+            raise ValueError(f"{where}: no class folders; expected {where}/<class>/<image>")
+        if len(names) == 1 and not self.evaluation:
+            inner, hint = self._shown(_join(place, names[0])), ""
+            if place == "." and any(
+                _split_of(name) == "train" for name in self._level(names[0])[0]
+            ):
+                hint = f"; {inner} has a train folder: data.root={inner}"
+            raise ValueError(f"{where}: only one class, {visible(names[0])}; 2 are needed{hint}")
+
+    def _list_class(self, split: str, name: str, folders: list[str]) -> None:
+        listing, shown = self.listing, self._shown(folders[0])
+        if name not in listing.classes:
+            train = self._shown(listing.folders["train"])
+            raise ValueError(f"{shown}: no such class in {train}")
+        label = listing.classes.index(name)
+        images, lost = listing.images[split], Counter[str]()
+        before, broken_before = len(images), len(listing.broken)
+        for path, status in sorted(pair for folder in folders for pair in self._walk(folder)):
+            if path[path.rfind(".") :].lower() in EXTENSIONS:
+                images.append((path, label))
+                self.digest.update(os.fsencode(f"{path}\0{status}\n"))
+            else:
+                listing.ignored.append(path)
+                if (suffix := Path(path).suffix.lower()) not in NOTES:
+                    lost[suffix or "no extension"] += 1
+        if broken := len(listing.broken) - broken_before:
+            lost[listing.broken[-1][1]] = broken
+        kept, gone = len(images) - before, lost.total()
+        if gone > kept:
+            raise ValueError(
+                f"{shown}: {gone} of {kept + gone} files are no images that can be read "
+                f"({counted(lost)}): convert them, or take them out of the folder"
+            )
+        if kept == 0 and split == "train" and not self.evaluation:
+            raise ValueError(f"{shown}: no images ({', '.join(sorted(EXTENSIONS))})")
+        if kept == 0:
+            listing.unused.append(f"{folders[0]}/ (no images in it)")
+
+    def _walk(self, place: str, through: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+        """(path below root, "size mtime") of all files, subfolders included.
+
+        Args:
+            through: real paths of the folders that links were followed from, to notice a cycle.
+        """
+        folder = self.root / place
+        for entry in self._entries(folder):
+            path = f"{place}/{entry.name}"
+            is_folder, status, why = _look(entry)
+            if status is not None and not why:
+                yield path, f"{status.st_size} {status.st_mtime_ns}"
+            elif not is_folder:
+                self._note_broken(path, why)
+            elif not entry.is_symlink():
+                yield from self._walk(path, through)
+            else:
+                above, target = (*through, os.path.realpath(folder)), os.path.realpath(entry.path)
+                if any(f"{real}/".startswith(f"{target}/") for real in above):
+                    self._note_broken(path, "a link to a folder around it")
+                else:
+                    yield from self._walk(path, above)
+
+    def _entries(self, folder: Path) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_junk(entry.name):
+                    hidden = entry.name[0] == "." and entry.name != ".ipynb_checkpoints"
+                    self.listing.junk["hidden files" if hidden else entry.name] += 1
+                else:
+                    yield entry
+
+    def _note_broken(self, path: str, why: str) -> None:
+        self.listing.broken.append((path, why))
+        self.digest.update(os.fsencode(f"{path}\0{why}\n"))
+
+    def _shown(self, place: str) -> str:
+        return visible(str(self.root / place))
+
+
+def _look(entry: os.DirEntry[str]) -> tuple[bool, os.stat_result | None, str]:
+    """Whether it is a folder, a file's status, and why it is neither."""
+    try:
+        if entry.is_dir():
+            return True, None, ""
+        status = entry.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return False, None, "a link that leads nowhere"
+    return False, status, why_no_file(status) or ""
+
+
+def _is_junk(name: str) -> bool:
+    return name[0] == "." or name.lower() in JUNK
+
+
+def _split_of(folder: str) -> str:
+    """The split that a folder's name stands for, or nothing."""
+    name = folder.lower()
+    for split, names in SPLITS.items():
+        if name in names or SUFFIX.sub("", name) in names:
+            return split
+    return ""
+
+
+def _join(place: str, name: str) -> str:
+    return name if place == "." else f"{place}/{name}"
+
+
+def counted(names: Counter[str]) -> str:
+    """The five most frequent: ".gif 2, .txt 1"."""
+    return ", ".join(f"{visible(name)} {count}" for name, count in names.most_common(5))

@@ -1,0 +1,1 @@
+"""A run made anew from its folder, and its predictions."""

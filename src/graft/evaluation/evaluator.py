@@ -1,0 +1,168 @@
+"""A trained model, made anew from its config and a checkpoint, and what it predicts."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graft.data.datamodule import TransferDataModule
+from graft.data.datasets import ImageDataset
+from graft.data.items import SplitRecord
+from graft.data.subset import stratified_fraction
+from graft.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages
+from graft.features.store import FeatureStore
+from graft.models.weights import check_finite, load_state
+from graft.plan.stage import Stage
+from graft.reporting import report
+from graft.reporting.collect import Collect
+from graft.tasks.scores import Predictions, scores
+from graft.training.build import build, build_stages
+from graft.training.module import TransferModule
+from graft.training.run_stages import StartStage
+from graft.training.trainer import make_trainer, trainer_options
+
+
+@dataclass
+class Evaluator:
+    """A trained model, and how its run tests: the same stored features, precision and batches.
+
+    Args:
+        stage, index: the run's last one.
+        options: of the trainer.
+    """
+
+    module: TransferModule
+    datamodule: TransferDataModule
+    stage: Stage
+    index: int
+    cache: Path
+    options: dict[str, Any]
+
+    @classmethod
+    def build(
+        cls,
+        config: dict[str, Any],
+        checkpoint: dict[str, Any],
+        source: Path,
+        recorded: SplitRecord | None = None,
+    ) -> Evaluator:
+        """The model of `config` with the weights of `checkpoint`, on the data of `config`.
+
+        Pretrained weights are not needed: the checkpoint holds all.
+
+        Args:
+            source: where the checkpoint comes from, for error messages.
+            recorded: the run's splits, if they are what it is tested on.
+
+        Raises:
+            ValueError: the data has other classes or none of the run's test images, or the
+                checkpoint other weights.
+        """
+        torch.set_float32_matmul_precision("high")  # as in training
+        head = {**config["head"], "num_classes": None}
+        module, datamodule = build(
+            {**config, "head": head},
+            pretrained=False,
+            recorded=recorded,
+            classes=checkpoint["graft"]["classes"],
+            preprocessing=checkpoint["graft"].get("preprocessing"),
+        )
+        if not len(datamodule.splits["test"]):
+            raise ValueError(
+                f"{datamodule.changes['test']}: give data.root=FOLDER if they have moved, or "
+                "--data OTHER for other images"
+            )
+        stages = [*config["transfer"]["stages"]]
+        name = checkpoint["graft"].get("stage")
+        index = stages.index(name) if name in stages else len(stages) - 1
+        stage = build_stages(config)[index]
+        load_stage(module, replace(stage, l2_sp=0.0), checkpoint, source)
+        return cls(
+            module,
+            datamodule,
+            stage,
+            index,
+            Path(config["paths"]["cache"]),
+            one_device(config["trainer"]),
+        )
+
+    def test_images(self, limit: int | None = None) -> tuple[ImageDataset, np.ndarray]:
+        """The test split, or about `limit` images of it, and their positions in the whole."""
+        test = self.datamodule.splits["test"]
+        positions = np.arange(len(test))
+        if limit is not None and limit < len(test):
+            positions = stratified_fraction(test.labels, limit / len(test), 0)
+            test = copy.copy(test)
+            test.rows, test.labels = test.rows[positions], test.labels[positions]
+        return test, positions
+
+    def predictions(self, dataset: ImageDataset, *, store: bool = True) -> Predictions:
+        """store: whether frozen features may be kept, where the run's last stage keeps them."""
+        self.datamodule.replace_test(dataset)
+        stores = store and self.stage.cache != "off"
+        stage = replace(self.stage, cache="auto" if stores else "off")
+        new_store = partial(FeatureStore, cache=self.cache, progress=report.PartsBar())
+        start, collect = StartStage(stage, self.index, self.datamodule, new_store), Collect()
+        trainer = make_trainer(
+            stage, [start, collect], options=self.options, callbacks={}, loggers=[]
+        )
+        trainer.test(self.module, datamodule=self.datamodule, verbose=False)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        return Predictions.joined(collect.parts)
+
+    def corruptions(self, test: ImageDataset) -> dict[str, list[dict[str, float]]]:
+        """Name of a corruption -> scores at severities 1 to 5."""
+        found = {}
+        for name in CORRUPTIONS:
+            started = time.perf_counter()
+            found[name] = [
+                scores(
+                    self.predictions(CorruptedImages(test, name, severity), store=False),
+                    self.datamodule.num_classes,
+                )
+                for severity in SEVERITIES
+            ]
+            report.say(f"          {name}: {time.perf_counter() - started:.1f} s")
+        return found
+
+
+def load_stage(
+    module: TransferModule, stage: Stage, checkpoint: dict[str, Any], source: Path
+) -> None:
+    """The weights of a stage's checkpoint, in the module as that stage ends with it: while it
+    trains, weights have adapters, and the head may be a grid of which the best one counts.
+    """
+    note = checkpoint["graft"]
+    grid = note.get("grid")
+    adapted = any(".parametrizations." in key for key in checkpoint["state_dict"])
+    module.start_stage(stage if adapted else replace(stage, lora=None))
+    if stage.grid is not None and grid is not None:
+        module.start_grid(stage.grid, len(note["classes"]))
+    # Runs of earlier versions kept the blocks above the highest tap.
+    unused = tuple(f"backbone.{prefix}" for prefix in module.backbone.unused_keys)
+    state = checkpoint["state_dict"]
+    if grid is None:  # of which heads may have diverged
+        check_finite(state, source)
+    load_state(module, state, source=source, optional=unused, label="of the run")
+    if module.grid is not None:
+        module.on_load_checkpoint(checkpoint)
+        module.finish_grid()
+    module.finish_stage()
+    module.start_stage(replace(stage, lora=None))
+
+
+def one_device(config: dict[str, Any]) -> dict[str, Any]:
+    """Options of a trainer that tests, wherever the run was trained: a GPU's on a CPU too."""
+    options = {**config, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    options |= {f"limit_{split}_batches": 1.0 for split in ("train", "val", "test")}
+    if options["accelerator"] in ("auto", "gpu") and not torch.cuda.is_available():
+        options |= {"accelerator": "cpu", "precision": "auto"}
+    return trainer_options(options)

@@ -1,0 +1,1 @@
+"""The frozen prefix of a backbone as a function, and the store of its outputs."""

@@ -1,0 +1,1 @@
+"""Transfer plans: stages, freezing, parameter groups, schedules, LoRA; nothing that runs."""

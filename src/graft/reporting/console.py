@@ -1,0 +1,24 @@
+"""The console that everything is printed on: names are shown, never obeyed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from graft.config.names import visible
+
+
+class LiteralConsole(Console):
+    """A Rich console on which `[bold]`, `:x:` and terminal escapes are letters, also in tables."""
+
+    def __init__(self, width: int | None = None) -> None:
+        literal = {"markup": False, "emoji": False, "highlight": False}
+        super().__init__(soft_wrap=True, width=width, **literal)  # type: ignore[arg-type]
+
+    def render_str(self, text: str, **keywords: Any) -> Text:
+        return super().render_str(visible(text), **keywords)
+
+
+console = LiteralConsole()

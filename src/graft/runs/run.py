@@ -1,0 +1,41 @@
+"""A new run: what a resolved config describes, in a run folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from graft.runs.folder import RunFolder, run_name
+from graft.runs.resume import resume_run, run_of_this_job
+from graft.runs.startup import import_libraries, is_first_process
+from graft.runs.train import run_in_folder
+from graft.storage.reading import read_yaml_mapping
+
+
+def run(
+    config: dict[str, Any],
+    overrides: list[str],
+    choices: Mapping[str, str | None] | None = None,
+) -> dict[str, float]:
+    """Train what a resolved config describes, in a run folder of its own.
+
+    A SLURM job that was requeued goes on with the run it had begun.
+
+    Args:
+        choices: the option of each config group; that of `experiment` names the folder.
+
+    Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
+    """
+    import_libraries()
+    logs = Path(config["paths"]["logs"])
+    if begun := run_of_this_job(logs, overrides):
+        own = read_yaml_mapping(begun / "config.yaml") == config
+        return resume_run(begun, trusted=own)
+    folder = None
+    if is_first_process():
+        name = run_name(config, (choices or {}).get("experiment"), overrides)
+        folder = RunFolder.create(logs, name, config, overrides, choices)
+    with folder.locked() if folder is not None else nullcontext():
+        return run_in_folder(config, folder)

@@ -1,0 +1,1 @@
+"""Files that are whole or not there: rows of arrays, atomic writes, locks, digests."""

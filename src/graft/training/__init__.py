@@ -1,0 +1,1 @@
+"""The module, the Trainer and the stages: what trains."""

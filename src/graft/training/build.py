@@ -1,0 +1,205 @@
+"""From a resolved config to the objects of a run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from graft.config.checks import nodes
+from graft.config.objects import bind, find, make
+from graft.config.renamed import current_name
+from graft.data.datamodule import TransferDataModule
+from graft.data.items import SplitRecord
+from graft.models.backbone import Backbone
+from graft.models.heads import Head, seeded_head
+from graft.plan.grid import Grid
+from graft.plan.lora import LoRA
+from graft.plan.stage import Stage
+from graft.training.module import TransferModule
+
+
+def build(
+    config: dict[str, Any],
+    *,
+    pretrained: bool = True,
+    recorded: SplitRecord | None = None,
+    classes: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> tuple[TransferModule, TransferDataModule]:
+    """Module and data of a config; the data is prepared, so sizes and classes are known.
+
+    Args:
+        pretrained: False where a checkpoint is loaded next: see `build_backbone`.
+        recorded: the splits of the run that the config is of, if it has begun.
+        classes: those of the run, where the data may have a part of them, or another order.
+        preprocessing: that of the checkpoint, which may have it from weights that are gone.
+    """
+    backbone = build_backbone(config["backbone"], pretrained=pretrained)
+    if preprocessing is not None:
+        backbone.preprocessing = backbone.preprocessing.with_own(preprocessing)
+    backbone.mirror = config["mirror"]
+    # `root` is in the group for the command line; only the source takes it.
+    data = {key: value for key, value in config["data"].items() if key != "root"}
+    stages = config["transfer"]["stages"].values()
+    datamodule = make(
+        data,
+        preprocessing=backbone.preprocessing,
+        stage_sizes=[stage["image_size"] for stage in stages if stage.get("image_size")],
+        seed=config["seed"],
+        recorded=recorded,
+    )
+    datamodule.processes = processes(config["trainer"])
+    datamodule.prepare_data()
+    datamodule.setup()
+    if classes is not None:
+        datamodule.number_classes(classes)
+    wanted = config["head"].get("num_classes")
+    if wanted not in (None, datamodule.num_classes):
+        raise ValueError(
+            f"head.num_classes={wanted}, but the data has {datamodule.num_classes} classes "
+            f"({', '.join(datamodule.classes[:5])}, ...): leave it null to follow the data"
+        )
+    head = seeded_head(
+        bind_head(config), (backbone.num_features, datamodule.num_classes), head_seed(config)
+    )
+    module = TransferModule(
+        backbone, head, datamodule.num_classes, label_smoothing=config["label_smoothing"]
+    )
+    return module, datamodule
+
+
+def processes(trainer: dict[str, Any]) -> int:
+    """How many of them train a run, each on batches of its own."""
+    devices = trainer["devices"]
+    if devices in ("auto", -1, "-1"):
+        there = 1 if trainer["accelerator"] == "cpu" else torch.cuda.device_count()
+    else:
+        there = len(devices) if isinstance(devices, list) else int(devices)
+    return max(1, there) * int(trainer.get("num_nodes", 1))
+
+
+TAKEN_OUT = {  # before a class is called
+    "data": ("root",),
+    "head": ("num_classes", "seed", "grid"),
+    "backbone": ("preprocessing",),
+}
+
+
+def check_arguments(config: dict[str, Any]) -> None:
+    """That each class can be imported and takes the arguments it is given, before data is read.
+
+    Raises:
+        ValueError: it cannot, or does not.
+    """
+    for key, node in nodes(config):
+        if not isinstance(node, dict) or "_target_" not in node:
+            continue
+        name = node["_target_"]
+        try:
+            found = find(name)
+        except ValueError as error:
+            raise ValueError(f"{key}._target_={name}: {_import_problem(name)}") from error
+        try:
+            parameters = inspect.signature(found).parameters
+        except ValueError:  # written in C: it does not say what it takes
+            continue
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            continue
+        own = [name for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL]
+        for argument in node:
+            hydras = str(argument).startswith("_")
+            if not hydras and argument not in (*own, *TAKEN_OUT.get(key, ())):
+                raise ValueError(
+                    f"{key}.{argument}: {name.rpartition('.')[2]} takes no such argument; it takes "
+                    f"{', '.join(own)}"
+                )
+
+
+def _import_problem(name: str) -> str:
+    package = name.partition(".")[0]
+    if (now := current_name(name)) != name:
+        return f"it is called {now} now"
+    if find_spec(package) is None:
+        return (
+            f"no package or file {package} is found: if {package}.py is yours, add its folder to "
+            "the environment variable PYTHONPATH (PYTHONPATH=. for this one)"
+        )
+    return f"{package} is there, and importing that of it fails"
+
+
+def build_backbone(config: dict[str, Any], *, pretrained: bool = True) -> Backbone:
+    """Without `pretrained`, a backbone that can do without its weights neither downloads nor reads
+    them; its preprocessing stays theirs.
+    """
+    builder = bind({key: value for key, value in config.items() if key != "preprocessing"})
+    if not pretrained and "pretrained" in inspect.signature(builder).parameters:
+        backbone = builder(pretrained=False)
+    else:
+        backbone = builder()
+    own = config.get("preprocessing") or {}
+    backbone.preprocessing = backbone.preprocessing.with_own(own)
+    return backbone
+
+
+def bind_head(config: dict[str, Any]) -> Callable[[int, int], Head]:
+    """The config's head, to be called with (num_features, num_classes)."""
+    ours = ("num_classes", "seed", "grid")
+    return bind({key: value for key, value in config["head"].items() if key not in ours})
+
+
+def head_seed(config: dict[str, Any]) -> int:
+    seed = config["head"].get("seed")
+    return config["seed"] if seed is None else seed
+
+
+def build_stages(config: dict[str, Any]) -> list[Stage]:
+    """The plan's stages in order; what a stage leaves null comes from the optimizer's config."""
+    lists = config["head"].get("grid")
+    stages: list[Stage] = []
+    for name, values in config["transfer"]["stages"].items():
+        values = dict(values)
+        optimizer = dict(config["optimizer"])
+        own = values.pop("optimizer", None) or {}
+        if "_target_" in own:  # another optimizer takes other arguments
+            optimizer = {"lr": optimizer["lr"], "weight_decay": optimizer["weight_decay"]}
+        optimizer |= own
+        for key in ("lr", "weight_decay"):
+            if values.get(key) is None:
+                values[key] = optimizer[key]
+            optimizer.pop(key, None)
+        schedule = values.pop("scheduler", None) or config["scheduler"]
+        if lists is not None and not stages:  # the winner is the head of the stages that follow
+            given = {"lr": values["lr"], "weight_decay": values["weight_decay"]}
+            given["seed"] = head_seed(config)
+            values["grid"] = Grid(
+                bind_head(config), **{key: lists.get(key) or [own] for key, own in given.items()}
+            )
+        try:
+            if values.get("lora"):
+                values["lora"] = LoRA(**values["lora"])
+            stages.append(
+                Stage(
+                    name=name,
+                    optimizer=bind(optimizer),
+                    schedule=bind(schedule),
+                    **values,
+                )
+            )
+        except TypeError as error:
+            raise ValueError(f"transfer.stages.{name}: {error}") from error
+    return stages
+
+
+def check_optimizers(stages: Sequence[Stage]) -> None:
+    """Raises a ValueError for values that an optimizer refuses, before data is read."""
+    for stage in stages:
+        if stage.solver != "sgd" or stage.grid is not None:  # these call none
+            continue
+        try:
+            stage.optimizer([torch.nn.Parameter(torch.zeros(1))], lr=stage.lr)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer of transfer.stages.{stage.name}: {error}") from error

@@ -1,0 +1,308 @@
+"""TransferModule: a pretrained backbone, a new head, the loss and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from graft.data.datasets import Batch
+from graft.models.backbone import Backbone
+from graft.models.heads import Head, HeadGrid
+from graft.plan.freeze import (
+    MOVING,
+    batch_norms,
+    freeze_for_stage,
+    learning_parameters,
+    prefix_length,
+    set_modes,
+)
+from graft.plan.grid import Grid, GridRecord
+from graft.plan.lora import add_adapters, merge_adapters
+from graft.plan.param_groups import param_groups
+from graft.plan.stage import Stage
+from graft.training.grid import GridFit
+from graft.training.lean import MeanOfBatches
+from graft.training.per_head import PerHead, grid_groups
+
+
+class TransferModule(L.LightningModule):
+    """Backbone and head under one of the stages of a transfer plan.
+
+    Call `start_stage` before each `fit`: it decides what learns. Batches are dicts with "label"
+    and either "image" (N, 3, H, W) or "features" (stored outputs of the frozen prefix); training
+    batches may carry soft labels, "target" (N, num_classes).
+
+    Args:
+        label_smoothing: of the training loss; validation and test report plain cross-entropy.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: Head, num_classes: int, *, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}: must be in [0, 1)")
+        self.backbone = backbone
+        self.head = head
+        self.label_smoothing = label_smoothing
+        if backbone.channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+        self.train_loss = MeanOfBatches()
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        self.val_acc, self.test_acc = (
+            MulticlassAccuracy(num_classes, average="micro") for _ in range(2)
+        )
+        self.stage: Stage | None = None
+        self.learning: Sequence[str] = ()
+        self.cut = len(backbone.blocks)
+        self.grid: GridFit | None = None  # while the head is a grid of heads
+        self.pretrained: dict[str, Tensor] = {}  # of the backbone, for stages with l2_sp
+        self.checkpoint_note: dict[str, Any] = {}
+
+    def start_stage(self, stage: Stage) -> None:
+        """Freeze what the stage does not train; `cut` becomes the first learning block.
+
+        Raises:
+            ValueError: a part that matches nothing, or a stage in which nothing learns.
+        """
+        self.stage = stage
+        names = learning_parameters(self.backbone, stage.trainable)
+        self.learning = freeze_for_stage(self.backbone, names, stage.norm)
+        self.cut = prefix_length(self.backbone, self.learning)
+        if stage.lora is not None:
+            self.backbone.requires_grad_(False)
+            if add_adapters(self.backbone.blocks, names, stage.lora) == 0:
+                raise ValueError(f"lora: no linear layer or convolution in {stage.trainable}")
+        self.head.requires_grad_(stage.train_head)
+        if not any(p.requires_grad for p in self.parameters()):
+            raise ValueError(f"stage {stage.name}: nothing is trainable, neither backbone nor head")
+        if stage.l2_sp and not self.pretrained:
+            raise RuntimeError("call remember_pretrained before a stage with l2_sp")
+        self.train()
+
+    def finish_stage(self) -> None:
+        """Call it with the stage's best weights loaded: its adapters become part of them."""
+        merge_adapters(self.backbone.blocks)
+
+    def start_grid(self, grid: Grid, num_classes: int) -> None:
+        """The grid becomes the head for a stage."""
+        self.head = grid.heads(self.backbone.num_features, num_classes)
+        self.grid = GridFit(grid.points)
+
+    def finish_grid(self) -> GridRecord:
+        """The winner becomes the head. Call it with the grid's best weights loaded."""
+        fit, heads = self.grid, self.head
+        if fit is None or not isinstance(heads, HeadGrid):
+            raise RuntimeError("call start_grid before finish_grid")
+        self.head, self.grid = heads.head(fit.record.ranked()[0]), None
+        return fit.record
+
+    def remember_pretrained(self) -> None:
+        """Keep the backbone's weights as they are now, for the penalty of stages with l2_sp."""
+        parameters = self.backbone.named_parameters()
+        self.pretrained = {name: p.detach().clone() for name, p in parameters}
+
+    def train(self, mode: bool = True) -> TransferModule:
+        """As `nn.Module.train`, but what is frozen stays in eval whoever asks."""
+        super().train(mode)
+        if self.stage is not None and mode:
+            set_modes(self.backbone, self.learning, self.stage.norm)
+            self.head.train(self.stage.train_head)
+        return self
+
+    @property
+    def smoothing(self) -> float:
+        """Label smoothing of the current stage."""
+        own = self.stage.label_smoothing if self.stage is not None else None
+        return self.label_smoothing if own is None else own
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) normalised images -> (N, num_classes) logits."""
+        return self.head(self.backbone(images))
+
+    def _logits(self, batch: Batch) -> Tensor:
+        if "features" in batch:
+            return self.head(self.backbone.forward_from(self.cut, batch["features"]))
+        return self(batch["image"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.grid is not None:
+            losses = self.grid.training_losses(self._logits(batch), batch["label"], self.smoothing)
+            self._log_step(losses)
+            return losses.sum()  # a head's gradient is that of its own loss
+        loss = F.cross_entropy(
+            self._logits(batch),
+            batch.get("target", batch["label"]),  # probabilities, where images are mixed
+            label_smoothing=self.smoothing,
+        )
+        self.train_loss.update(loss.detach())
+        if self.trainer.is_last_batch:
+            self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
+        self._log_step(loss)
+        return loss
+
+    def on_fit_start(self) -> None:
+        self.pretrained = {name: w.to(self.device) for name, w in self.pretrained.items()}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The gradient of l2_sp / 2 * |w - w_pretrained|^2, before any clipping.
+
+        Here rather than in the loss: it costs one pass over the weights for each step, and is
+        exact under accumulation, ranks and loss scaling.
+        """
+        if self.stage is None or not self.stage.l2_sp:
+            return
+        learning = {n: p for n, p in self.backbone.named_parameters() if p.grad is not None}
+        start = [self.pretrained[name] for name in learning]
+        gradients = [p.grad for p in learning.values() if p.grad is not None]
+        away = torch._foreach_sub([p.detach() for p in learning.values()], start)
+        torch._foreach_add_(gradients, away, alpha=self.stage.l2_sp)
+
+    def _log_step(self, loss: Tensor) -> None:
+        # `self.log` takes as long as a step of a small head: it is called when something is due.
+        if self.trainer._logger_connector.should_update_logs:
+            if self.grid is not None:  # the mean of the heads that have not diverged
+                loss = torch.where(loss.isfinite(), loss, torch.nan).nanmean()
+            self.log("train/loss_step", loss.detach(), batch_size=1)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_loss, self.val_acc)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._evaluate(batch, self.test_loss, self.test_acc)
+
+    def _evaluate(self, batch: Batch, loss: Metric, accuracy: Metric) -> Tensor:
+        """The logits."""
+        logits = self._logits(batch)
+        labels = batch["label"]
+        if self.grid is not None:
+            self.grid.validate(logits, labels)
+            return logits
+        loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        accuracy.update(logits, labels)
+        return logits
+
+    def on_validation_epoch_start(self) -> None:  # not earlier: EMA has put its average in here
+        self.sync_batch_norms()
+
+    def on_validation_epoch_end(self) -> None:
+        # Before any checkpoint is written: a broken model must not become the best one.
+        if self.grid is not None:
+            metrics = self.grid.end_epoch(self.current_epoch + 1)
+            # Every rank has the same values: they are computed over all.
+            self.log_dict(metrics, sync_dist=True)
+            loss = metrics["val/loss"]
+        else:
+            self._log_evaluation("val", self.val_loss, self.val_acc)
+            loss = self.val_loss.compute()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the validation loss is {loss.item()} in epoch {self.current_epoch}: lower "
+                "optimizer.lr, add scheduler.warmup or set trainer.gradient_clip_val=1"
+            )
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test", self.test_loss, self.test_acc)
+
+    def _log_evaluation(self, split: str, loss: Metric, accuracy: Metric) -> None:
+        # Metric objects: exact over ranks with unequal shares, unlike a mean of means.
+        self.log(f"{split}/loss", loss)
+        self.log(f"{split}/acc", accuracy)
+
+    def sync_batch_norms(self) -> None:
+        """Average the BatchNorm statistics that move over ranks: one model for every rank.
+
+        DDP's own broadcast happens in every forward, also in evaluation, where ranks with unequal
+        numbers of batches would wait for each other for ever; it is switched off.
+        """
+        if self.trainer.world_size > 1:
+            for buffer in self.moving_statistics():
+                buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))
+
+    def moving_statistics(self) -> list[Tensor]:
+        """Means and variances of the BatchNorms that learn: between validations each rank's own."""
+        if self.stage is None:
+            return []
+        moving: list[nn.Module] = [self.head]
+        if self.stage.norm in MOVING:
+            moving += [self.backbone.blocks.get_submodule(name) for name in self.learning]
+        norms = [norm for module in moving for norm in batch_norms(module)]
+        buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        return [buffer for buffer in buffers if buffer is not None]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        stage = self.stage
+        if stage is None:
+            raise RuntimeError("call start_stage before fitting")
+        optimizer = stage.optimizer(self.stage_groups(), lr=stage.lr, **self._fused(stage))
+        # By this name a fused optimizer tells that it unscales gradients itself, within its step.
+        # Clipping and l2_sp come before that: Lightning then refuses the one, in bf16-mixed too,
+        # and the other would meet scaled gradients.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        if self.grid is not None:
+            optimizer = PerHead(optimizer)
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(optimizer, lambda step: stage.schedule(step, total))
+        return {
+            "optimizer": optimizer,
+            # Its rates are logged as lr/GROUP, whatever the optimizer.
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
+        }
+
+    def _fused(self, stage: Stage) -> dict[str, bool]:
+        """One kernel for all of an optimizer's step, where it has one and nobody said otherwise."""
+        chosen = stage.optimizer
+        kind = chosen.func if isinstance(chosen, partial) else chosen
+        named = chosen.keywords if isinstance(chosen, partial) else {}
+        # SGD's has no form for parts of weights.
+        sharded = isinstance(next(self.backbone.parameters()), DTensor)
+        chosen_already = {"fused", "foreach"} & named.keys()
+        if kind not in (SGD, Adam, AdamW) or chosen_already or sharded:
+            return {}
+        return {"fused": self.device.type in ("cpu", "cuda")}
+
+    def stage_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the current stage, each with its own base learning rate."""
+        stage = self.stage
+        if stage is None:
+            raise RuntimeError("call start_stage before asking for parameter groups")
+        if self.grid is not None and isinstance(self.head, HeadGrid):
+            points = self.grid.record.points
+            return grid_groups(
+                self.head,
+                [stage.head_lr_scale * point.lr for point in points],
+                [point.weight_decay for point in points],
+                decay_norm_and_bias=stage.decay_norm_and_bias,
+            )
+        return param_groups(
+            self.backbone,
+            self.head,
+            lr=stage.lr,
+            weight_decay=stage.weight_decay,
+            backbone_weight_decay=0.0 if stage.l2_sp else stage.weight_decay,
+            layer_decay=stage.layer_decay,
+            head_lr_scale=stage.head_lr_scale,
+            decay_norm_and_bias=stage.decay_norm_and_bias,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain values only: modules, partials or configs would not load under weights_only=True.
+        checkpoint["graft"] = dict(self.checkpoint_note)
+        if self.grid is not None:
+            checkpoint["graft"]["grid"] = self.grid.record.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.grid is not None:
+            self.grid.record = GridRecord(self.grid.record.points, **checkpoint["graft"]["grid"])

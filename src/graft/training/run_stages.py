@@ -1,0 +1,237 @@
+"""A transfer plan is an ordered list of stages; each is its own fit on the same module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from graft.features.store import FeatureStore
+from graft.models.heads import Standardize
+from graft.plan.results import BEST, LAST, Resumed, StageResult
+from graft.plan.stage import Stage
+from graft.reporting.loggers import advance
+from graft.storage.stored import StoredFeatures
+from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
+from graft.training.ema import EMA
+from graft.training.last_checkpoint import LastCheckpoint, explain_restoring
+from graft.training.solvers import Solve
+from graft.transforms.draws import sample_seed
+
+if TYPE_CHECKING:
+    from graft.data.datamodule import TransferDataModule
+    from graft.training.module import TransferModule
+
+NewStore = Callable[..., FeatureStore]
+SMALL_STEP = 1e9
+"""FLOP below which a step on stored features runs on one thread: to split it gains little, and on
+a busy machine each of its barriers waits for a core (measured: 10 times slower)."""
+
+
+MakeTrainer = Callable[[Stage, list[L.Callback]], L.Trainer]
+
+
+def run_stages(
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    stages: Sequence[Stage],
+    make_trainer: MakeTrainer,
+    checkpoints: Path,
+    *,
+    new_store: NewStore,
+    new_last: Callable[[Path], LastCheckpoint] = LastCheckpoint,
+    resumed: Resumed | None = None,
+    on_stage: Callable[[Stage], None] = lambda stage: None,
+    on_result: Callable[[StageResult], None] = lambda result: None,
+) -> list[StageResult]:
+    """Fit the stages in order; each ends with the weights of its best `val/acc`.
+
+    Args:
+        new_store: called with (backbone, cut, datamodule, stage, device=...), for its features.
+        new_last: called with a stage's folder, for what saves its `last.ckpt`.
+
+    Separate fits, rather than unfreezing within one, because DDP learns what trains when it wraps
+    the module: what is unfrozen later is never synchronised.
+    """
+    if any(stage.l2_sp for stage in stages):
+        module.remember_pretrained()
+    resumed = resumed or Resumed()
+    results = list(resumed.done)
+    for index, stage in enumerate(stages):
+        started = time.perf_counter()
+        seed_stage(datamodule.seed, index)
+        module.start_stage(stage)
+        if index < len(resumed.done):
+            module.finish_stage()
+            load_checkpoint(module, results[index].best_checkpoint)
+            continue
+        if stage.grid is not None:
+            module.start_grid(stage.grid, datamodule.num_classes)
+        on_stage(stage)
+        start = StartStage(stage, index, datamodule, new_store)
+        folder = checkpoints / stage.name
+        if stage.solver == "sgd":
+            checkpoint = resumed.checkpoint if index == len(resumed.done) else None
+            last = new_last(folder)
+            result = _fit(module, datamodule, stage, start, last, make_trainer, checkpoint)
+        else:
+            result = _solve(module, datamodule, stage, start, make_trainer, folder)
+        result.seconds = time.perf_counter() - started
+        on_result(result)
+        results.append(result)
+    return results
+
+
+def _fit(
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    stage: Stage,
+    start: StartStage,
+    last: LastCheckpoint,
+    make_trainer: MakeTrainer,
+    checkpoint: Path | None,
+) -> StageResult:
+    best = ModelCheckpoint(
+        last.folder, "best", monitor="val/acc", mode="max", enable_version_counter=False
+    )
+    average = [EMA(stage.ema)] if stage.ema else []
+    trainer = make_trainer(stage, [last, best, start, *average])
+    if checkpoint is not None:
+        explain_restoring(trainer, checkpoint)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if best.best_model_score is None:
+        raise RuntimeError(f"stage {stage.name} ended without a checkpoint")
+    path = Path(best.best_model_path)
+    result = StageResult(stage.name, path, float(best.best_model_score), steps=trainer.global_step)
+    _keep_best(module, stage, trainer, result)
+    advance(trainer.loggers, result.steps)
+    return result
+
+
+def _keep_best(
+    module: TransferModule, stage: Stage, trainer: L.Trainer, result: StageResult
+) -> None:
+    """The best weights in the module, and in `best.ckpt` those that the stage ends with."""
+    path = result.best_checkpoint
+    final = is_final(path)  # this stage had come to here before, and was not recorded as done
+    if not final:
+        load_checkpoint(module, path)
+    if stage.grid is not None:
+        result.grid = module.finish_grid()
+        result.head = result.grid.row(result.grid.ranked()[0])
+    module.finish_stage()
+    if final:
+        load_checkpoint(module, path)
+    elif stage.grid is not None or stage.lora is not None:
+        trainer.strategy.barrier()  # every rank has read the weights it was trained with
+        if trainer.is_global_zero:
+            replace_weights(path, module, **({"head": result.head} if result.head else {}))
+        trainer.strategy.barrier()
+
+
+def _solve(
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    stage: Stage,
+    start: StartStage,
+    make_trainer: MakeTrainer,
+    folder: Path,
+) -> StageResult:
+    """As a fit would leave it: the head solved, val metrics logged, best.ckpt and last.ckpt."""
+    solve = Solve(datamodule, stage)
+    trainer = make_trainer(stage, [start, solve])  # both act in `setup`, in this order
+    (metrics,) = trainer.validate(module, datamodule=datamodule, verbose=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    for metric in (module.val_loss, module.val_acc):
+        metric.reset()  # or a later fit meets tensors of `validate`'s inference mode
+    folder = trainer.strategy.broadcast(folder)  # the run's folder is known to the first rank
+    for name in (LAST, BEST):
+        trainer.save_checkpoint(folder / name)
+    advance(trainer.loggers, 1)
+    head = {**solve.chosen, **metrics}
+    return StageResult(stage.name, folder / BEST, metrics["val/acc"], steps=1, head=head)
+
+
+def seed_stage(seed: int, index: int, rank: int = 0) -> None:
+    """What a stage draws (new weights, dropout) depends on nothing that ran before it."""
+    L.seed_everything(sample_seed(seed, index, rank) % 2**32, workers=True, verbose=False)
+
+
+class StartStage(L.Callback):
+    """Hands the datamodule its stage and stored features, once every rank's device is known."""
+
+    def __init__(
+        self, stage: Stage, index: int, datamodule: TransferDataModule, new_store: NewStore
+    ) -> None:
+        self.stage = stage
+        self.index = index
+        self.datamodule = datamodule
+        self.new_store = new_store
+        self.threads = torch.get_num_threads()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        module = cast("TransferModule", pl_module)
+        module.to(trainer.strategy.root_device)
+        self.threads = torch.get_num_threads()  # the launcher has divided the cores by now
+        self.datamodule.start_stage(
+            self.index,
+            augment=self.stage.augment,
+            image_size=self.stage.image_size,
+            views=self.stage.views,
+        )
+        splits = ("test",) if stage == "test" else ("train", "val")
+        limits = [getattr(trainer, f"limit_{split}_batches") for split in splits]
+        store = self.new_store(
+            module.backbone,
+            module.cut,
+            self.datamodule,
+            self.stage,
+            device=module.device,
+            precision=trainer.precision_plugin,
+            limited=any(limit != 1.0 or isinstance(limit, int) for limit in limits),
+        )
+        features = store.features(splits)
+        self.datamodule.features = dict(features)
+        if stage != "test":
+            measure_head(module, store, features.get("train"))
+        head_alone = bool(features) and module.cut == len(module.backbone.blocks)
+        work = 6 * self.datamodule.batch_size * sum(p.numel() for p in module.head.parameters())
+        if head_alone and work < SMALL_STEP:
+            torch.set_num_threads(1)
+        seed_stage(self.datamodule.seed, self.index, trainer.global_rank)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        torch.set_num_threads(self.threads)  # `teardown` is not called
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        torch.set_num_threads(self.threads)
+
+
+def measure_head(
+    module: TransferModule, store: FeatureStore, stored: StoredFeatures | None
+) -> None:
+    """Fix the head's feature statistics on the training images, once in a plan."""
+    norm = module.head.norm
+    if not isinstance(norm, Standardize) or norm.measured:
+        return
+    if stored is None:
+        norm.measure(store.backbone_features("train"))
+        return
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        norm.measure(
+            module.backbone.forward_from(module.cut, part.to(module.device))
+            for part in stored.blocks()
+        )
+    module.train(was_training)

@@ -1,0 +1,162 @@
+"""A Lightning Trainer for one stage, with a device and a precision that is fast on it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+
+from graft.config.objects import make
+from graft.models.backbone import Backbone
+from graft.plan.stage import Stage
+from graft.reporting.report import EpochLines, say
+from graft.reporting.tensorboard import Inputs
+from graft.training.checkpoint import AtomicCheckpointIO
+from graft.training.lean import make_lean
+from graft.training.sharded import ShardedStrategy
+from graft.training.signals import StopSignals
+from graft.training.sync_norm import SyncBatchNorms
+
+SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+CPU_INSTRUCTIONS = {
+    "bf16-mixed": ("amx_bf16", "avx512_bf16", "bf16"),  # the last of each is Arm's
+    "16-mixed": ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
+"""Any of these, and a CPU computes in that precision about as fast as in float32, or faster."""
+
+
+def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Resolve `auto` to a device and a precision.
+
+    Raises:
+        ValueError: a device that is not there, or processes that were started for one device.
+    """
+    ours = ("max_epochs", "compile", "checkpoint_every_n_steps", "checkpoint_every_n_minutes")
+    options = {k: v for k, v in config.items() if k not in ours}
+    if not torch.cuda.is_available():
+        # Lightning's "1" has torch look for NVML's library whenever an Adam steps.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    if options["accelerator"] == "auto":
+        options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
+    if options["accelerator"] == "gpu" and not torch.cuda.is_available():
+        raise ValueError("trainer: no GPU found by torch; use trainer=cpu or trainer=auto")
+    if options["strategy"] == "auto" and (options["devices"] != 1 or options["num_nodes"] != 1):
+        options["strategy"] = "ddp"  # ours: see make_trainer
+    if options["strategy"] == "auto" and (count := started_processes()) > 1:
+        raise ValueError(
+            f"{count} processes were started for trainer.devices=1, and none would know of the "
+            "others: set trainer=ddp (or ddp_cpu), trainer.devices to the processes of a node and "
+            "trainer.num_nodes"
+        )
+    if options["num_nodes"] > 1 and started_processes() == 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"trainer.num_nodes={options['num_nodes']}: nothing says where the nodes meet; start "
+            "the run on each with torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
+    on_cpu = options["accelerator"] == "cpu"
+    if on_cpu and options["sync_batchnorm"]:
+        raise ValueError(
+            "trainer.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm trains on nothing else"
+        )
+    precision = str(options["precision"])
+    precision = SHORT_PRECISIONS.get(precision, precision)
+    if precision == "auto":
+        fast = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16-mixed" if fast else "32-true"
+    if on_cpu and (needed := CPU_INSTRUCTIONS.get(precision)):
+        has = torch.cpu.get_capabilities()  # not a stopwatch: the same machine gives the same bits
+        if not any(has.get(name) for name in needed):
+            say(
+                f"note: this CPU has no instructions for trainer.precision={precision}, so it "
+                "takes ten to hundreds of times as long as 32-true"
+            )
+    options["precision"] = precision
+    return options
+
+
+def describe_device(options: dict[str, Any]) -> str:
+    where = options["accelerator"]
+    if where == "gpu":
+        where = torch.cuda.get_device_name()
+    elif where == "cpu":
+        where = f"CPU, {torch.get_num_threads()} threads"
+    return f"{where}, devices={options['devices']}, precision {options['precision']}"
+
+
+def started_processes() -> int:
+    """How many processes torchrun or srun started for this run; 1 without either."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # SLURM_NTASKS may count the whole job's
+
+
+def compile_blocks(backbone: Backbone, mode: str | bool) -> None:
+    """torch.compile each block, in place: the keys of checkpoints stay as they are, and a stage
+    that starts behind a frozen prefix is compiled too.
+    """
+    for block in backbone.blocks:
+        if next(block.parameters(), None) is not None:
+            block.compile(mode=None if mode is True else mode)
+
+
+def make_trainer(
+    stage: Stage,
+    needed: Sequence[L.Callback],
+    *,
+    options: dict[str, Any],
+    callbacks: dict[str, Any],
+    loggers: list[Logger],
+    stop: StopSignals | None = None,
+) -> L.Trainer:
+    """The Trainer of one stage: `needed` callbacks first, then those of the config.
+
+    Args:
+        stop: takes the place of Lightning's own handling of signals.
+    """
+    terminal = sys.stdout.isatty()
+    chosen = [*needed, *(make(c) for c in callbacks.values() if c)]
+    chosen.append(RichProgressBar(leave=True) if terminal else EpochLines())
+    if loggers:
+        chosen += [LearningRateMonitor(logging_interval="step"), Inputs(stage.name)]
+    strategy = options["strategy"]
+    if strategy == "fsdp" and stage.trainable != "head":
+        strategy = ShardedStrategy()
+    elif strategy in ("ddp", "fsdp"):  # there is nothing to shard in the training of a head
+        # Buffers: see TransferModule.sync_batch_norms.
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if options["sync_batchnorm"]:
+        plugins.append(SyncBatchNorms())
+    options = {**options, "strategy": strategy, "sync_batchnorm": False}
+    if options["accelerator"] == "cpu" and options["precision"] == "16-mixed":
+        # Named rather than made, Lightning takes bfloat16 instead.
+        plugins.append(MixedPrecision(options.pop("precision"), "cpu"))
+    trainer = L.Trainer(
+        **options,
+        plugins=plugins,
+        max_epochs=stage.epochs,
+        callbacks=chosen,
+        logger=loggers or False,
+        enable_progress_bar=terminal,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in needed),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the datamodule's order already knows the ranks
+    )
+    make_lean(trainer)
+    if options["num_nodes"] > 1 and not torch.distributed.is_initialized():
+        place: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+        if place.local_rank() == 0:
+            where = f"{place.main_address}:{place.main_port}"
+            print(f"nodes     waiting for {options['num_nodes']} at {where}", flush=True)
+    if stop is not None:
+        stop.take_over(trainer)
+    return trainer

@@ -1,0 +1,1 @@
+"""What turns rows of a split into inputs of a network: preparing and augmenting images."""
