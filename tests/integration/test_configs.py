@@ -82,7 +82,7 @@ def test_every_experiment_runs_a_batch(
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("run.json"))
     assert record["status"] == "done"
-    assert set(record["metrics"]) == {"val/acc", "test/acc", "test/loss"}
+    assert set(record["metrics"]) == {"val/acc", "test/acc", "test/f1", "test/loss"}
     for line in ("data  ", "backbone  ", "device  ", "stage ", "test/acc"):
         assert line in done.stdout
 
@@ -141,7 +141,7 @@ def test_lightnings_callbacks_work(
         ["head=cosine", "optimizer=adamw", "scheduler=cosine"],
         ["transfer=ema", "scheduler=constant", "trainer.accumulate_grad_batches=2"],
         ["callbacks=early_stopping", "head.norm=batchnorm", "head.dropout=0.2"],
-        ["backbone.taps=all", "transfer=linear_probe", "label_smoothing=0.1"],
+        ["backbone.taps=all", "transfer=linear_probe", "task.label_smoothing=0.1"],
         ["transfer.stages.finetune.layer_decay=0.7", "transfer.stages.finetune.head_lr_scale=10"],
         ["data.num_workers=1", "data.image_size=48", "data.resize_size=56"],
         [
@@ -149,7 +149,7 @@ def test_lightnings_callbacks_work(
             "data.augment.erase=0.3",
             "data.augment.mixup=0.2",
             "data.augment.cutmix=1",
-            "label_smoothing=0.1",
+            "task.label_smoothing=0.1",
             "data.num_workers=1",
             "sample_transform=trivial_augment",
         ],

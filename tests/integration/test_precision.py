@@ -27,7 +27,7 @@ KINDS: dict[str, list[str]] = {
     "not fused": ["+optimizer.foreach=false"],
     "cosine head": ["head=cosine"],
     "mlp head": ["head=mlp", "head.dropout=0.2", "head.norm=batchnorm"],
-    "soft labels": ["data.augment.mixup=0.2", "data.augment.cutmix=1", "label_smoothing=0.1"],
+    "soft labels": ["data.augment.mixup=0.2", "data.augment.cutmix=1", "task.label_smoothing=0.1"],
     "nothing stored": ["transfer=linear_probe", "transfer.stages.probe.cache=off"],
     "taps": ["backbone.taps=all", "head.norm=standardize", "transfer=linear_probe"],
     "mirror": ["mirror=true", "transfer=linear_probe"],
@@ -80,7 +80,7 @@ def test_every_kind_of_run_trains(train_tiny: Train, precision: str) -> None:
     for kind, overrides in kinds.items():
         overrides = [*overrides, f"trainer.precision={precision}", "trainer.limit_val_batches=2"]
         run = train_tiny(*overrides)
-        assert set(run.metrics) == {"val/acc", "test/acc", "test/loss"}, kind
+        assert set(run.metrics) == {"val/acc", "test/acc", "test/f1", "test/loss"}, kind
 
 
 @pytest.mark.slow

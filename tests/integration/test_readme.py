@@ -86,10 +86,10 @@ def test_the_table_of_groups_is_complete() -> None:
 def test_configs_outside_the_repository(graft: Graft, command: str, tmp_path: Path) -> None:
     mine = tmp_path / "my_configs" / "experiment" / "mine.yaml"
     mine.parent.mkdir(parents=True)
-    mine.write_text("# @package _global_\nlabel_smoothing: 0.123\n")
+    mine.write_text("# @package _global_\nmirror: true\n")
     done = graft(*shlex.split(command), "--cfg", "job")
     assert done.returncode == 0, done.stderr
-    assert "label_smoothing: 0.123" in done.stdout
+    assert "mirror: true" in done.stdout
 
 
 def test_the_shell_completes_commands_options_and_keys(

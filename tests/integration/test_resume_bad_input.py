@@ -60,7 +60,7 @@ def test_what_cannot_change_is_refused_with_the_reason(graft: Graft, stopped: Pa
 def test_a_config_that_was_edited_is_noticed(graft: Graft, stopped: Path) -> None:
     config = stopped / "config.yaml"
     config.write_text(config.read_text().replace("label_smoothing: 0.0", "label_smoothing: 0.1"))
-    assert error(graft, stopped).startswith("label_smoothing cannot change in a resumed run")
+    assert error(graft, stopped).startswith("task.label_smoothing cannot change in a resumed run")
 
 
 def test_a_finished_run_is_left_alone(runs: Runs) -> None:

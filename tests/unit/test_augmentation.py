@@ -197,7 +197,7 @@ def test_impossible_settings_are_refused() -> None:
 
 def test_a_stage_trains_on_soft_labels(train_tiny: Train) -> None:
     """Targets reach the loss: same images and draws, other weights than with hard labels."""
-    overrides = ["label_smoothing=0.1", "data.augment.cutmix=1.0"]
+    overrides = ["task.label_smoothing=0.1", "data.augment.cutmix=1.0"]
     one = train_tiny(*overrides, "seed=1")
     assert same(one.state(), train_tiny(*overrides, "seed=1", "data.num_workers=2").state())
     assert one.metrics["test/loss"] > 0

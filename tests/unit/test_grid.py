@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from graft.data.datasets import Batch
 from graft.models.heads import (
     CosineHead,
     Head,
@@ -22,9 +25,11 @@ from graft.models.heads import (
 from graft.plan.grid import GridPoint, GridRecord
 from graft.plan.param_groups import param_groups
 from graft.reporting.pictures import heads
+from graft.tasks.base import Tally
+from graft.tasks.classification import Classification, cross_entropy
 from graft.training.build import build
 from graft.training.checkpoint import load_checkpoint
-from graft.training.grid import GridFit, head_losses
+from graft.training.grid import GridFit
 from graft.training.per_head import PerHead, grid_groups
 from tests.conftest import TINY, Train, Trained, compose
 
@@ -116,7 +121,7 @@ def test_steps_equal_those_of_torchs_optimizer_on_each_head_alone(
             together.load_state_dict(saved[0])
             schedule.load_state_dict(saved[1])
         together.zero_grad()
-        together.step(lambda: backward(head_losses(grid(features), labels).sum()))
+        together.step(lambda: backward(cross_entropy(grid(features), labels).mean(0).sum()))
         schedule.step()
     for k, head in enumerate(heads):
         groups = param_groups(torch.nn.Module(), head, lr=RATES[k], weight_decay=DECAYS[k])  # type: ignore[arg-type]
@@ -215,7 +220,7 @@ def test_a_head_that_diverges_disturbs_nobody_and_does_not_win(train_tiny: Train
         best, worst = csv.DictReader(file)
     assert float(best["lr"]) == 0.01
     assert worst["val/loss"] == "inf"
-    assert (float(worst["val/acc"]), int(worst["epoch"])) == (-1.0, 0)
+    assert (float(worst["val/acc"]), int(worst["epoch"])) == (-math.inf, 0)
 
 
 def test_only_when_every_head_diverges_the_run_stops(train_tiny: Train) -> None:
@@ -246,40 +251,53 @@ def test_checkpoints_hold_the_winner_alone_and_the_next_stage_goes_on_from_it(
             assert torch.allclose(value.float(), two.state()[key].float(), atol=1e-6), key
 
 
+class Outputs:
+    """A model that has been asked already."""
+
+    def outputs(self, batch: Batch) -> Tensor:
+        return batch["logits"]
+
+
 def test_losses_and_accuracies_per_head_are_those_of_the_examples() -> None:
     torch.manual_seed(0)
-    fit = GridFit([GridPoint(0.1, 0.0, seed) for seed in range(3)])
+    fit = GridFit([GridPoint(0.1, 0.0, seed) for seed in range(3)], "val/acc", "max")
     logits, labels = torch.randn(11, 3, 4), torch.arange(11) % 4
     logits[:, 2] = torch.nan
+    task, tally = Classification(), Tally()
     for part in (slice(0, 8), slice(8, 11)):
-        fit.training_losses(logits[part], labels[part], 0.0)
-        fit.validate(logits[part], labels[part])
-    shown = fit.end_epoch(1)
+        task.evaluate(Outputs(), {"logits": logits[part], "label": labels[part]}, tally)
+    metrics = {f"val/{name}": values for name, values in task.metrics(tally.take()).items()}
+    shown = fit.end_epoch(metrics, 1)
     for k in (0, 1):
         assert fit.record.loss[k] == pytest.approx(F.cross_entropy(logits[:, k], labels).item())
         hits = (logits[:, k].argmax(1) == labels).float().mean().item()
-        assert fit.record.acc[k] == pytest.approx(hits)
-    assert fit.record.acc[2] == -1.0
+        assert fit.record.score[k] == pytest.approx(hits)
+    assert fit.record.epoch == [1, 1, 0]
     winner = fit.record.ranked()[0]
-    assert float(shown["val/acc"]) == fit.record.acc[winner]
-    assert float(shown["val/loss"]) == fit.record.loss[winner] == float(shown["train/loss"])
+    assert float(shown["val/acc"]) == fit.record.score[winner]
+    assert float(shown["val/loss"]) == fit.record.loss[winner]
 
 
-def test_the_record_keeps_the_first_best_epoch_and_breaks_ties_as_checkpoints_do() -> None:
-    record = GridRecord([GridPoint(0.1, 0.0, seed) for seed in range(3)])
+def test_the_record_breaks_ties_by_the_lower_loss_as_checkpoints_do() -> None:
+    record = GridRecord([GridPoint(0.1, 0.0, seed) for seed in range(3)], "val/acc", "max")
     record.update([0.5, 0.6, 0.7], [1.0, 1.0, 1.0], 1)
     record.update([0.8, 0.8, 0.7], [0.5, 0.4, 0.1], 2)
     record.update([0.8, 0.7, 0.8], [0.1, 0.1, 0.1], 3)
-    assert record.epoch == [2, 2, 1 + 2]
-    assert record.ranked() == [1, 0, 2]
-    again = GridRecord(record.points, **json.loads(json.dumps(record.state())))
-    assert again == record
+    record.update([0.8, 0.7, 0.8], [0.1, 0.1, 0.1], 4)
+    assert record.epoch == [3, 2, 3]
+    assert record.ranked() == [0, 2, 1]
+    assert record.restored(json.loads(json.dumps(record.state()))) == record
+
+
+def test_a_record_of_format_2_is_read() -> None:
+    record = GridRecord([GridPoint(0.1, 0.0, 0)], "val/acc", "max")
+    assert record.restored({"acc": [0.5], "loss": [1.0], "epoch": [2]}).score == [0.5]
 
 
 def test_the_heat_map_has_a_cell_for_each_pair() -> None:
     points = [GridPoint(lr, wd, s) for lr in (0.1, 1.0) for wd in (0.0, 0.1) for s in (0, 1)]
-    record = GridRecord(points)
-    record.update([0.5, 0.6, 0.7, 0.8, 0.9, 0.91, -1.0, -1.0], [1.0] * 8, 1)
+    record = GridRecord(points, "val/acc", "max")
+    record.update([0.5, 0.6, 0.7, 0.8, 0.9, 0.91, -math.inf, -math.inf], [1.0] * 8, 1)
     image = heads(record)
     colours = {colour for _, colour in image.getcolors(100_000) or []}
     assert {(190, 190, 190), (8, 64, 129), (247, 251, 255)} <= colours  # diverged, best, worst

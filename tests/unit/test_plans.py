@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from graft.models.heads import LinearHead
 from graft.models.resnet_cifar import resnet_cifar
 from graft.plan.lora import LoRA, LowRank, add_adapters, merge_adapters
+from graft.tasks.classification import Classification
 from graft.training.build import build, build_stages
 from graft.training.ema import EMA
 from graft.training.module import TransferModule
@@ -165,11 +167,12 @@ def test_stages_have_their_own_optimizer_schedule_and_smoothing() -> None:
     assert type(second) is torch.optim.SGD
     assert second.defaults["momentum"] == 0.9
     assert probe.schedule(0, 100) != finetune.schedule(0, 100)
-    module = TransferModule(resnet_cifar(depth=8, width=4, weights=None), nn.Linear(16, 3), 3)  # type: ignore[arg-type]
+    task = Classification()
+    module = TransferModule(resnet_cifar(depth=8, width=4, weights=None), LinearHead(16, 3), task)
     module.start_stage(probe)
-    assert module.smoothing == 0.2
+    assert task.smoothing == 0.2
     module.start_stage(finetune)
-    assert module.smoothing == 0.0
+    assert task.smoothing == 0.0
 
 
 def test_stages_have_their_own_image_size_and_augmentation() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from graft.config.objects import find
-from graft.config.renamed import current_name, with_current_names
+from graft.config.renamed import as_current, current_name, current_override
+from tests.conftest import compose
 
 OLD = (
     "graft.backbones.resnet_cifar.resnet_cifar",
@@ -48,12 +49,21 @@ def test_only_targets_are_renamed_at_any_depth() -> None:
         "stages": {"probe": {"scheduler": {"_target_": "graft.transfer.schedules.cosine"}}},
         "list": [{"_target_": "mine.graft.heads.Head"}, {"_target_": None}, 1],
     }
-    assert with_current_names(old) == {
+    assert as_current(old) == {
         "_target_": "graft.models.heads.LinearHead",
         "name": "graft.heads.LinearHead",
         "stages": {"probe": {"scheduler": {"_target_": "graft.plan.schedules.cosine"}}},
         "list": [{"_target_": "mine.graft.heads.Head"}, {"_target_": None}, 1],
     }
-    assert current_name("head._target_=graft.heads.MLPHead") == (
+    assert current_override("head._target_=graft.heads.MLPHead") == (
         "head._target_=graft.models.heads.MLPHead"
     )
+
+
+def test_the_task_of_format_2_is_todays_default() -> None:
+    now = compose()
+    old = {key: value for key, value in now.items() if key != "task"} | {"label_smoothing": 0.1}
+    old["data"] = {key: value for key, value in now["data"].items() if key != "sampling"}
+    now["task"]["label_smoothing"] = 0.1
+    assert as_current(old) == now
+    assert current_override("label_smoothing=0.1") == "task.label_smoothing=0.1"

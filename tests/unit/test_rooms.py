@@ -24,7 +24,7 @@ PRIVATE = {
     "graft/reporting/loggers.py": 2,
     "graft/sweeps/compose.py": 1,
     "graft/sweeps/study.py": 1,
-    "graft/training/last_checkpoint.py": 3,
+    "graft/training/last_checkpoint.py": 2,
     "graft/training/lean.py": 13,
     "graft/training/module.py": 3,
     "graft/training/sharded.py": 1,

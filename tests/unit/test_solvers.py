@@ -92,7 +92,7 @@ def test_solvers_run_through_the_command(graft: Graft, tmp_path: Path, plan: str
     assert "chosen    solver" in done.stdout
     (folder,) = (tmp_path / "logs").iterdir()
     record = json.loads((folder / "run.json").read_text())
-    assert set(record["metrics"]) == {"val/acc", "test/acc", "test/loss"}
+    assert set(record["metrics"]) == {"val/acc", "test/acc", "test/f1", "test/loss"}
     assert record["metrics"]["test/acc"] > 0.5  # chance is 0.25
     assert record["head"]["solver"] == plan.removesuffix("_probe")
     assert record["head"]["strength"] > 0

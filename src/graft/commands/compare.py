@@ -19,11 +19,11 @@ from graft.compare.tables import (
     key_table,
     left_out,
     metric_names,
-    percent,
     pivot_tables,
     run_table,
 )
 from graft.config.overrides import place
+from graft.reporting.console import is_share
 from graft.runs.folder import STATUSES
 from graft.runs.records import Run, as_number, find_runs, known, text
 
@@ -144,7 +144,7 @@ def _sorted(comparison: Comparison, key: str | None, reverse: bool) -> Compariso
     if key in (*comparison.metrics(), *COSTS):
         found = [(cost(key, group), group) for group in groups]
         have = [(number, group) for number, group in found if number is not None]
-        have.sort(key=lambda pair: pair[0], reverse=percent(key) != reverse)
+        have.sort(key=lambda pair: pair[0], reverse=is_share(key) != reverse)
         groups = [g for _, g in have] + [g for number, g in found if number is None]
     elif key is not None:
         known(key, [*comparison.metrics(), *COSTS, *comparison.columns], "metric or differing key")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from graft.commands.train import main as train
 from graft.config.overrides import key_of, quoted
-from graft.config.renamed import current_name
+from graft.config.renamed import current_override
 from graft.runs.entry import entry
 from graft.runs.open import require_closed
 from graft.runs.resume import resume_run
@@ -40,7 +40,7 @@ def resume_sweep(sweep: Path, overrides: Sequence[str]) -> None:
     asked = {key_of(override) for override in overrides}
     require_closed(sweep)
     noted = read_yaml_texts(sweep / SWEEP)  # ${...} as it was written
-    before = [current_name(o) for o in noted if key_of(o) not in asked]
+    before = [current_override(o) for o in noted if key_of(o) not in asked]
     require_harmless(before, sweep / SWEEP)
     sweeps.read_from = sweep / SWEEP
     folder = quoted("hydra.sweep.dir", str(sweep.resolve()))

@@ -43,7 +43,9 @@ def job(config: DictConfig) -> float:
         )
     from graft.runs.run import run
 
-    return run(plain, overrides, chosen_options(hydra_config.runtime.choices))["val/acc"]
+    return run(plain, overrides, chosen_options(hydra_config.runtime.choices))[
+        plain["task"]["monitor"]
+    ]
 
 
 if __name__ == "__main__":

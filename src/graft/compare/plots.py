@@ -8,8 +8,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from graft.compare.groups import Comparison, Group, settings
-from graft.compare.tables import heading, interval, percent
+from graft.compare.tables import heading, interval
 from graft.config.names import visible
+from graft.reporting.console import is_share
 from graft.reporting.fonts import drawable
 from graft.runs.records import Run
 from graft.storage.reading import read_csv
@@ -76,7 +77,7 @@ def _curve(axes: Axes, group: Group, metric: str, colour: object, name: str) -> 
             print(f"note: no curve of {visible(str(error))}")
             continue
         for step, value in curve.items():
-            values.setdefault(step, []).append(value * (100 if percent(metric) else 1))
+            values.setdefault(step, []).append(value * (100 if is_share(metric) else 1))
     steps = sorted(values)
     means = [fmean(values[step]) for step in steps]
     spreads = [stdev(values[step]) if len(values[step]) > 1 else 0.0 for step in steps]
@@ -87,7 +88,7 @@ def _curve(axes: Axes, group: Group, metric: str, colour: object, name: str) -> 
 
 
 def _bar(axes: Axes, group: Group, metric: str, place: int, colour: object) -> None:
-    scale = 100 if percent(metric) else 1
+    scale = 100 if is_share(metric) else 1
     numbers = [scale * number for number in group.numbers(metric).values()]
     summary = group.summary(metric)
     if summary is None:

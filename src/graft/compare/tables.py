@@ -8,6 +8,7 @@ from functools import partial
 from graft.compare.groups import ABSENT, Comparison, Group
 from graft.compare.statistics import Summary, paired
 from graft.compare.table import Column, Table
+from graft.reporting.console import is_share
 from graft.runs.records import Run, known
 
 COSTS = {
@@ -19,19 +20,15 @@ COSTS = {
 LISTED = 20  # runs left out that are named
 
 
-def percent(name: str) -> bool:
-    return name.rpartition("/")[2] == "acc"
-
-
 def heading(name: str) -> str:
-    return COSTS.get(name, f"{name} %" if percent(name) else name)
+    return COSTS.get(name, f"{name} %" if is_share(name) else name)
 
 
 def shown(name: str, value: float | None) -> str:
     """An accuracy in percent, tenths of seconds, whole megabytes; other numbers in four digits."""
     if value is None:
         return ABSENT
-    if percent(name):
+    if is_share(name):
         return f"{100 * value:.2f}"
     if name in COSTS:
         return f"{value:.1f}" if name.endswith("seconds") else f"{value:.0f}"
@@ -49,7 +46,7 @@ def spread(name: str, summary: Summary | None, n: int) -> str:
 def interval(name: str, mean: float, half: float) -> tuple[float, float]:
     """Its ends; of an accuracy within 0 and 1, which the t interval of few seeds doesn't know."""
     low, high = mean - half, mean + half
-    return (max(low, 0.0), min(high, 1.0)) if percent(name) else (low, high)
+    return (max(low, 0.0), min(high, 1.0)) if is_share(name) else (low, high)
 
 
 def cost(name: str, group: Group) -> float | None:
@@ -230,13 +227,13 @@ def key_table(comparison: Comparison) -> Table:
 def run_table(runs: Sequence[Run], keys: Sequence[str]) -> Table:
     """A row for each run, whatever became of it."""
     names = [*dict.fromkeys(name for run in runs for name in run.metrics)]
-    names.sort(key=lambda name: (not percent(name), name))  # accuracies first
+    names.sort(key=lambda name: (not is_share(name), name))  # accuracies first
     columns: list[Column] = []
     costs: list[Column] = []
     for name in (*names, *COSTS):
         numbers = [run.number(name) for run in runs]
         if any(number is not None for number in numbers):
-            column = Column(heading(name), [name], is_spare=not percent(name))
+            column = Column(heading(name), [name], is_spare=not is_share(name))
             (costs if name in COSTS else columns).append(column)
             for number in numbers:
                 column.add(shown(name, number), number)

@@ -46,6 +46,10 @@ def _is_dotted(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", value) is not None
 
 
+def _is_monitor(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"val/[\w-]+", value) is not None
+
+
 def _or_null(check: Check) -> Check:
     return f"{check[0]}, or null", lambda v: v is None or check[1](v)
 
@@ -184,7 +188,6 @@ CHECKS: dict[str, Check] = {
     "name": _or_null(("text", lambda v: _integer(v) or TEXT[1](v))),
     "tags": TAGS,
     "seed": SEED,
-    "label_smoothing": BELOW_ONE,
     "mirror": BOOL,
     "paths": MAPPING,
     "paths.logs": FOLDER,
@@ -208,6 +211,7 @@ CHECKS: dict[str, Check] = {
     "data.epoch_images": _or_null(POSITIVE_INT),
     "data.drop_last": BOOL,
     "data.reshuffle": BOOL,
+    "data.sampling": _one_of("shuffled", "balanced"),
     "data.num_workers": _up_to(0, 256),
     "data.pin_memory": BOOL,
     "data.source": OBJECT,
@@ -234,6 +238,11 @@ CHECKS: dict[str, Check] = {
     "scheduler": OBJECT,
     "trainer": MAPPING,
     **{f"trainer.{key}": check for key, check in {**TRAINER, **MORE_TRAINER}.items()},
+    "task": OBJECT,
+    "task.monitor": ("the name of a metric of validation, like val/acc", _is_monitor),
+    "task.mode": _one_of("max", "min"),
+    "task.metrics": MAPPING,
+    "task.metrics.*": OBJECT,
     "transfer": MAPPING,
     "transfer.stages": MAPPING,
     "transfer.stages.*": MAPPING,
@@ -248,7 +257,17 @@ CHECKS: dict[str, Check] = {
 }
 # A run cannot do without these; old runs have them too.
 NEEDED = (
-    *("seed", "label_smoothing", "mirror", "data", "data.source", "data.batch_size", "backbone"),
+    *(
+        "seed",
+        "task",
+        "task.monitor",
+        "task.mode",
+        "mirror",
+        "data",
+        "data.source",
+        "data.batch_size",
+        "backbone",
+    ),
     *("head", "optimizer", "optimizer.lr", "optimizer.weight_decay", "scheduler", "callbacks"),
     *("transfer", "transfer.stages", "logger", "paths", "paths.logs", "paths.data", "paths.cache"),
     *("trainer", *(f"trainer.{key}" for key in TRAINER)),
@@ -303,6 +322,14 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         "image_size": SIDE,
         "seed": SEED,
     },
+    "graft.tasks.classification.Classification": {
+        "loss": _one_of("cross_entropy", "focal"),
+        "gamma": NOT_NEGATIVE,
+        "class_weights": _or_null(
+            _either("balanced, or a number for each class", _one_of("balanced"), _list_of(POSITIVE))
+        ),
+        "label_smoothing": BELOW_ONE,
+    },
     "graft.models.heads.CosineHead": {"scale": POSITIVE},
     "graft.models.heads.MLPHead": {"hidden": _up_to(1, 1_000_000), "layers": _up_to(0, 1000)},
     "graft.reporting.loggers.TensorBoard": {"images": BOOL},
@@ -325,7 +352,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "torch.optim.SGD": {"momentum": BELOW_ONE, "nesterov": BOOL},
     "torchvision.transforms.v2.RandAugment": {"num_ops": NATURAL, "magnitude": _up_to(0, 30)},
 }
-_NAMED = re.compile(r"^(transfer\.stages|callbacks|logger)\.[^.]+")
+_NAMED = re.compile(r"^(transfer\.stages|callbacks|logger|task\.metrics)\.[^.]+")
 _ORDER = {key: place for place, key in enumerate(CHECKS)}
 
 

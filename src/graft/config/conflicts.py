@@ -29,6 +29,7 @@ def conflict(plain: dict[str, Any]) -> str | None:
     return (
         _stage_problem(plain)
         or _grid_problem(plain)
+        or _task_problem(plain)
         or _solver_problem(plain)
         or _batchnorm_problem(plain)
         or _augment_problem(plain)
@@ -133,6 +134,13 @@ def _grid_problem(plain: dict[str, Any]) -> str | None:
     return None
 
 
+def _task_problem(plain: dict[str, Any]) -> str | None:
+    task = plain["task"]
+    if task["mode"] == "max" and task["monitor"].endswith("/loss"):
+        return f"task.monitor={task['monitor']}: a smaller loss is better: set task.mode=min"
+    return None
+
+
 def _solver_problem(plain: dict[str, Any]) -> str | None:
     head = plain["head"]
     for name, stage in plain["transfer"]["stages"].items():
@@ -147,6 +155,10 @@ def _solver_problem(plain: dict[str, Any]) -> str | None:
             return f"{key}: needs stored features: set transfer.stages.{name}.cache=on"
         if head.get("dropout"):
             return f"{key}: knows no dropout: set head.dropout=0"
+        if plain["task"].get("class_weights") or plain["task"].get("loss") == "focal":
+            return f"{key}: knows no class weights and no focal loss: use solver=sgd"
+        if solver == "ridge" and plain["task"]["monitor"] != "val/acc":
+            return f"{key}: chooses its strength by accuracy: set task.monitor=val/acc"
         if head.get("norm") == "batchnorm":
             return f"{key}: knows no batches: set head.norm=standardize or none"
     return None

@@ -54,6 +54,7 @@ class TransferDataModule(L.LightningDataModule):
         seed: the run's seed: order of the data and augmentation.
         recorded: the items of each split, of a run that has begun; None: they are drawn.
         drop_last: leave out a smaller last training batch (the next epoch draws anew).
+        sampling: "shuffled": each training image once; "balanced": each class equally often.
         reshuffle: draw the order of the training images anew in every epoch.
     """
 
@@ -77,6 +78,7 @@ class TransferDataModule(L.LightningDataModule):
         shots_per_class: int | None = None,
         epoch_images: int | None = None,
         drop_last: bool = True,
+        sampling: str = "shuffled",
         reshuffle: bool = True,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -108,6 +110,7 @@ class TransferDataModule(L.LightningDataModule):
         self.shots_per_class = shots_per_class
         self.epoch_images = epoch_images
         self.drop_last = drop_last
+        self.sampling = sampling
         self.reshuffle = reshuffle
         self.num_workers = num_workers
         self.pin_memory = pin_memory
@@ -245,6 +248,7 @@ class TransferDataModule(L.LightningDataModule):
             len(self.splits[split]),
             self.batch_size if train else self.eval_batch_size,
             shuffle=train,
+            labels=self.splits[split].labels if train and self.sampling == "balanced" else None,
             epoch_size=self.epoch_images if train else None,
             drop_last=train and self.drop_last,
             seed=self.stage_seed,

@@ -20,6 +20,9 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
     Without `drop_last` the end may differ: an image that a rank has left over, alone, joins the
     batch before, and a single process has one more batch of as many images as there are ranks.
 
+    `labels`: every pass over the data shows each class equally often, to within one example: those
+    of rare classes come again and again, of frequent ones each pass shows others.
+
     An epoch may also be longer or shorter than the data (`epoch_size`): it is then the next so many
     of an endless row of such permutations. Where it comes back to an example, the position has
     `size` added once more: the same image, and to augmentation a draw of its own.
@@ -38,6 +41,7 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
         batch_size: int,
         *,
         shuffle: bool = False,
+        labels: NDArray[np.int64] | None = None,
         epoch_size: int | None = None,
         drop_last: bool = False,
         seed: int = 0,
@@ -49,6 +53,7 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
         self.size = size
         self.batch_size = batch_size
         self.shuffle = shuffle
+        self.labels = labels
         self.epoch_size = size if epoch_size is None else epoch_size
         self.drop_last = drop_last
         self.seed = seed
@@ -86,8 +91,25 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
         """An epoch of the endless row, from `start` on."""
         first, skipped = divmod(start, self.size)
         passes = range(-(-(skipped + self.epoch_size) // self.size))
-        rows = [
-            np.random.default_rng([self.seed, first + i]).permutation(self.size) + i * self.size
-            for i in passes
-        ]
+        rows: list[NDArray[np.int64]] = []
+        for i in passes:
+            rng = np.random.default_rng([self.seed, first + i])
+            row = rng.permutation(self.size) if self.labels is None else balanced(self.labels, rng)
+            rows.append(row + (0 if i == 0 else self.size * (1 + int(rows[-1].max()) // self.size)))
         return np.concatenate(rows)[skipped : skipped + self.epoch_size]
+
+
+def balanced(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """As many positions as there are labels, in random order, of each class equally many.
+
+    Where a class has to come back to an example, its position has `len(labels)` added once more.
+    """
+    classes = rng.permutation(np.unique(labels))
+    each, more = divmod(len(labels), len(classes))
+    drawn = []
+    for i, label in enumerate(classes):
+        members, wanted = np.flatnonzero(labels == label), each + (i < more)
+        rounds = range(-(-wanted // len(members)))
+        again = [rng.permutation(members) + k * len(labels) for k in rounds]
+        drawn.append(np.concatenate([*again, members[:0]])[:wanted])
+    return rng.permutation(np.concatenate(drawn))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,46 +46,59 @@ class Grid:
 
 @dataclass
 class GridRecord:
-    """Each head's first best epoch, by validation accuracy. Plain lists: it goes in checkpoints.
+    """Each head's best epoch: by the monitored metric, then the lower loss, then the earlier.
 
-    A head that diverges keeps the best it had before; one that never was finite has -1 and epoch 0.
+    Plain lists: it goes in checkpoints. A head that diverges keeps the best it had before; one
+    that never was finite has epoch 0.
+
+    Args:
+        monitor: the metric, "val/acc" say.
+        mode: "max", or "min" if smaller is better.
+        score: larger is better: of "min", the metric's negative.
     """
 
     points: list[GridPoint]
-    acc: list[float] = field(default_factory=list)
+    monitor: str
+    mode: str
+    score: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     epoch: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         size = len(self.points)
-        self.acc = self.acc or [-1.0] * size
-        self.loss = self.loss or [float("inf")] * size
+        self.score = self.score or [-math.inf] * size
+        self.loss = self.loss or [math.inf] * size
         self.epoch = self.epoch or [0] * size
 
-    def update(self, acc: Sequence[float], loss: Sequence[float], epoch: int) -> None:
+    @property
+    def sign(self) -> int:
+        return 1 if self.mode == "max" else -1
+
+    def update(self, score: Sequence[float], loss: Sequence[float], epoch: int) -> None:
         """Take over who is better than before; `epoch` counts from 1."""
-        for k, (a, b) in enumerate(zip(acc, loss, strict=True)):
-            if a > self.acc[k]:
-                self.acc[k], self.loss[k], self.epoch[k] = a, b, epoch
+        for k, (new, with_loss) in enumerate(zip(score, loss, strict=True)):
+            if new > -math.inf and (new, -with_loss) > (self.score[k], -self.loss[k]):
+                self.score[k], self.loss[k], self.epoch[k] = new, with_loss, epoch
 
     def state(self) -> dict[str, Any]:
-        return {"acc": list(self.acc), "loss": list(self.loss), "epoch": list(self.epoch)}
+        return {"score": list(self.score), "loss": list(self.loss), "epoch": list(self.epoch)}
+
+    def restored(self, state: dict[str, Any]) -> GridRecord:
+        """The same heads with the state of a checkpoint; of format 2, its "acc" is the score."""
+        score = state["score"] if "score" in state else state["acc"]
+        return replace(self, score=score, loss=state["loss"], epoch=state["epoch"])
 
     def ranked(self) -> list[int]:
-        """Heads from best to worst. The first is the best head of the best checkpoint: that is
-        written when an accuracy is reached for the first time, by the one with the lowest loss.
+        """Heads from best to worst. The first is the best head of the best checkpoint, which goes
+        by the same rule.
         """
         return sorted(
-            range(len(self.points)), key=lambda k: (-self.acc[k], self.epoch[k], self.loss[k])
+            range(len(self.points)), key=lambda k: (-self.score[k], self.loss[k], self.epoch[k])
         )
 
     def row(self, index: int) -> dict[str, Any]:
-        return {
-            **asdict(self.points[index]),
-            "val/acc": self.acc[index],
-            "val/loss": self.loss[index],
-            "epoch": self.epoch[index],
-        }
+        scores = {self.monitor: self.sign * self.score[index], "val/loss": self.loss[index]}
+        return {**asdict(self.points[index]), **scores, "epoch": self.epoch[index]}
 
     def write(self, path: Path) -> None:
         """All heads, best first, as CSV."""

@@ -34,7 +34,7 @@ class StageResult:
         return {
             "name": self.name,
             "best_checkpoint": str(_best(self.name)),
-            "val/acc": self.best_score,
+            "score": self.best_score,
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
         }
@@ -42,7 +42,13 @@ class StageResult:
     @classmethod
     def recorded(cls, record: dict[str, Any], run: Path) -> StageResult:
         best = run / _best(record["name"])  # not as recorded: it stays in the run's folder
-        return cls(record["name"], best, record["val/acc"], record["seconds"], record["steps"])
+        return cls(
+            record["name"],
+            best,
+            record["score"] if "score" in record else record["val/acc"],
+            record["seconds"],
+            record["steps"],
+        )
 
 
 def _best(stage: str) -> Path:

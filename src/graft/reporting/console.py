@@ -22,3 +22,14 @@ class LiteralConsole(Console):
 
 
 console = LiteralConsole()
+
+SHARES = ("acc", "f1", "macro_f1", "ece")  # metrics from 0 to 1, which are shown in percent
+
+
+def is_share(name: str) -> bool:
+    return name.rpartition("/")[2] in SHARES
+
+
+def measured(name: str, value: float) -> str:
+    """A metric as it is printed."""
+    return f"{100 * value:.2f} %" if is_share(name) else f"{value:.4f}"

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from graft.plan.grid import GridRecord
+from graft.reporting.console import is_share
 from graft.reporting.fonts import drawable
 from graft.tasks.scores import BINS, Predictions, confusion_matrix, merged, reliability
 
@@ -128,30 +129,32 @@ def cells(
 
 
 def heads(record: GridRecord) -> Image.Image:
-    """Validation accuracy of a grid of heads, the best over seeds, learning rate by weight decay;
+    """The monitored metric of a grid of heads, the best over seeds, learning rate by weight decay;
     a head that never was finite is grey.
     """
     rates = sorted({point.lr for point in record.points})
     decays = sorted({point.weight_decay for point in record.points})
     best = np.full((len(decays), len(rates)), np.nan)
-    for point, acc in zip(record.points, record.acc, strict=True):
+    for point, score in zip(record.points, record.score, strict=True):
         cell = decays.index(point.weight_decay), rates.index(point.lr)
-        if acc >= 0:
-            best[cell] = np.fmax(best[cell], acc)
+        if np.isfinite(score):
+            best[cell] = np.fmax(best[cell], score)
     finite = best[~np.isnan(best)]
     spread = np.ptp(finite) if finite.size else 0.0
     shades = (best - finite.min()) / spread if spread else np.where(np.isnan(best), np.nan, 1.0)
 
-    def text(acc: float) -> str:
-        mark = "*" if acc == finite.max(initial=-1) else ""
-        return "nan" if np.isnan(acc) else f"{100 * acc:.2f}{mark}"
+    scale, unit = (100, " in %") if is_share(record.monitor) else (1, "")
+
+    def text(score: float) -> str:
+        mark = "*" if score == finite.max(initial=-np.inf) else ""
+        return "nan" if np.isnan(score) else f"{scale * record.sign * score:.2f}{mark}"
 
     return cells(
         shades,
-        [[text(acc) for acc in row] for row in best],
+        [[text(score) for score in row] for row in best],
         [f"{decay:.3g}" for decay in decays],
         [f"{rate:.3g}" for rate in rates],
-        "val/acc in % (* best): lr across, weight_decay down",
+        f"{record.monitor}{unit} (* best): lr across, weight_decay down",
         (76, 40),
     )
 

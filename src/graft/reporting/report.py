@@ -19,7 +19,7 @@ from graft.models.backbone import Backbone
 from graft.models.heads import Head
 from graft.plan.results import StageResult
 from graft.plan.stage import Stage
-from graft.reporting.console import LiteralConsole, console
+from graft.reporting.console import LiteralConsole, console, measured
 
 WORDS = ("group", "trainable", "norm")  # columns of the table of groups
 
@@ -112,7 +112,8 @@ def _short(value: Any) -> str:
 class EpochLines(L.Callback):
     """One line per epoch: for output that goes to a file, where a progress bar is noise."""
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: str = "val/acc") -> None:
+        self.monitor = monitor
         self.started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -122,7 +123,7 @@ class EpochLines(L.Callback):
         metrics = trainer.callback_metrics
         parts = [
             f"{name} {float(metrics[name]):.4f}"
-            for name in ("train/loss", "val/loss", "val/acc")
+            for name in dict.fromkeys(("train/loss", "val/loss", "val/acc", self.monitor))
             if name in metrics
         ]
         seconds = time.perf_counter() - self.started
@@ -157,16 +158,13 @@ class PartsBar:
 
 def print_result(record: Mapping[str, Any], run: Path) -> None:
     say("")
-    for name in ("val/acc", "test/acc"):
+    for name in dict.fromkeys((record["config"]["task"]["monitor"], "test/acc")):
         if name in record["metrics"]:
-            say(f"{name:<9} {100 * record['metrics'][name]:.2f} %")
+            say(f"{name:<9} {measured(name, record['metrics'][name])}")
     say(f"recall    {record['recall']}")
     say(f"time      {record['seconds']:.1f} s")
     say(f"run       {run}")
     say(f"board     graft board {run.parent}")
-
-
-PERCENT = ("acc", "macro_f1", "ece")
 
 
 def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
@@ -176,7 +174,7 @@ def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in result["metrics"].items():
         interval = result["intervals"].get(name)
-        table.add_row(name, _score(name, value), _interval(name, interval))
+        table.add_row(name, measured(name, value), _interval(name, interval))
     _print(table)
     names = list(result["classes"])
     order = list(range(len(names)))
@@ -190,7 +188,7 @@ def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
         row = result["per_class"][names[i]]
         other, count = row["taken_for"] or ("", 0)
         share = f"{other} {100 * count / row['images']:.1f} %" if count else ""
-        acc = "" if row["acc"] is None else _score("acc", row["acc"])
+        acc = "" if row["acc"] is None else measured("acc", row["acc"])
         table.add_row(names[i], f"{row['images']:,}", acc, _interval("acc", row["interval"]), share)
     _print(table)
     say(f"recall    {result['recall']}")
@@ -207,16 +205,12 @@ def print_corruptions(result: Mapping[str, Any]) -> None:
         mean = sum(values) / len(values)
         table.add_row(name, *(f"{value:.2f}" for value in (*values, mean)))
     _print(table)
-    say(f"clean     {_score('acc', result['metrics']['acc'])}")
-    say(f"mean      {_score('acc', result['mean_acc'])} over all corruptions and severities")
-
-
-def _score(name: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if name in PERCENT else f"{value:.4f}"
+    say(f"clean     {measured('acc', result['metrics']['acc'])}")
+    say(f"mean      {measured('acc', result['mean_acc'])} over all corruptions and severities")
 
 
 def _interval(name: str, ends: Sequence[float] | None) -> str:
-    return "" if ends is None else " to ".join(_score(name, end) for end in ends)
+    return "" if ends is None else " to ".join(measured(name, end) for end in ends)
 
 
 def _count(module: Any) -> int:

@@ -27,7 +27,7 @@ from graft.reporting.collect import Collect
 from graft.reporting.loggers import CSV, TensorBoard
 from graft.tasks.scores import Predictions, scores
 
-METRICS = ("val/best_acc", "test/acc", "test/loss", "time/fit_seconds")  # of the HPARAMS tab
+METRICS = ("test/acc", "test/loss", "time/fit_seconds")  # of the HPARAMS tab, and the best one
 CHANGED_BY = {
     "epochs": ("max_epochs", "epochs"),
     "train_images": ("train_fraction", "shots_per_class"),
@@ -98,7 +98,8 @@ def log_start(
     text = "```yaml\n" + OmegaConf.to_yaml(OmegaConf.create(config)) + "```"
     for board in boards(loggers):
         if board.is_new(0):
-            board.start(params, changed, METRICS)
+            metrics = (best_of(config["task"]["monitor"]), *METRICS)
+            board.start(params, changed, metrics)
             board.experiment.add_text("config", text, 0)
             board.flush()
     for logger in loggers:
@@ -177,8 +178,14 @@ def _labels(batch: Batch, classes: Sequence[str]) -> list[list[str]]:
     ]
 
 
+def best_of(monitor: str) -> str:
+    """The name of the best value of a metric: val/best_acc of val/acc."""
+    return monitor.replace("/", "/best_")
+
+
 def log_end(
     loggers: Sequence[Logger],
+    monitor: str,
     datamodule: TransferDataModule,
     collected: Sequence[Collect],
     results: Sequence[StageResult],
@@ -192,7 +199,7 @@ def log_end(
     for logger in loggers:
         if not isinstance(logger, CSV):  # it has one row for each step, and run.json has these
             logger.log_metrics(
-                {"val/best_acc": results[-1].best_score, "time/fit_seconds": seconds}, 0
+                {best_of(monitor): results[-1].best_score, "time/fit_seconds": seconds}, 0
             )
     for board in boards(loggers, images=True):
         for collect in collected:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.config.overrides import is_path, own_cache, place
-from graft.config.renamed import current_name, with_current_names
+from graft.config.renamed import as_current, current_override
 from graft.config.resolved import check_values, leaves, set_leaf
 from graft.runs.folder import FORMAT
 from graft.runs.trust import require_trusted, trusts_all
@@ -49,7 +49,7 @@ def read_config(
             itself.
     """
     require_closed(run)
-    config = with_current_names(read_yaml_mapping(run / CONFIG))
+    config = as_current(read_yaml_mapping(run / CONFIG))
     if "${" in str(config):
         raise ValueError(f"{run / CONFIG} is damaged: it holds ${{...}}, and a run's is resolved")
     with damaged(run / CONFIG):
@@ -67,7 +67,7 @@ def read_config(
 
 
 def read_overrides(run: Path) -> list[str]:
-    return [current_name(text) for text in read_yaml_texts(run / "overrides.yaml")]
+    return [current_override(text) for text in read_yaml_texts(run / "overrides.yaml")]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graft.config.renamed import with_current_names
+from graft.config.renamed import as_current
 from graft.config.resolved import leaves
 from graft.runs.folder import FORMAT
 from graft.storage.reading import read_yaml_mapping
@@ -27,6 +27,12 @@ IGNORED = (
 )  # fmt: skip
 PLACES = ("data.root", "data.source.root")  # likewise, if it is known what lies there
 FACTS = ("status", "host", "device", "git_commit", "train_images")  # of run.json, to filter by
+
+
+def objective(config: dict[str, Any]) -> tuple[str, str]:
+    """The metric that a run's best checkpoint goes by, and "max" or "min"."""
+    task = as_current(config)["task"]
+    return str(task["monitor"]), str(task["mode"])
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ def read_run(path: Path) -> Run:
             written = f"written by a newer graft (format {record['format']}, this one: {FORMAT})"
             return Run(path, record, {}, f"{written}: update graft")
         config = record.get("config") or read_yaml_mapping(path / "config.yaml")
-        config = with_current_names(config)
+        config = as_current(config)
         if not SHAPES["config"](config):
             return Run(path, {}, {}, "config.yaml is damaged: a group of it is no mapping")
     except (OSError, ValueError) as error:

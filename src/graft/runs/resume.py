@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.config.overrides import PLACES, key_of, path_of
-from graft.config.renamed import with_current_names
+from graft.config.renamed import as_current
 from graft.config.resolved import CONFIGS, check, leaves, moved, set_leaf
 from graft.runs.folder import FINAL, FORMAT, RunFolder
 from graft.runs.open import damaged, read_checkpoint, read_config, read_overrides, require_closed
@@ -195,7 +195,7 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
         return resumed
     checkpoint = read_checkpoint(path, mmap=True)
     now = dict(leaves(config))
-    for key, value in leaves(with_current_names(checkpoint["graft"]["config"])):
+    for key, value in leaves(as_current(checkpoint["graft"]["config"])):
         if repr(now.get(key)) != repr(value):  # somebody has edited config.yaml
             refuse(key)
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
@@ -214,11 +214,13 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
 def lost_best(last: Path) -> Path | None:
     """The best checkpoint of the stage so far, if there was one and it cannot be used."""
     from graft.plan.results import BEST
+    from graft.training.best import state_of_format_2
     from graft.training.checkpoint import is_whole
 
     checkpoint = read_checkpoint(last, mmap=True)
     with damaged(last):
-        had = any(state.get("best_model_path") for state in checkpoint["callbacks"].values())
+        states = checkpoint["callbacks"]
+        had = (states.get("Best") or state_of_format_2(checkpoint) or {}).get("best") is not None
     best = last.with_name(BEST)
     return best if had and not is_whole(best) else None
 

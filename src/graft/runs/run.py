@@ -26,7 +26,7 @@ def run(
     Args:
         choices: the option of each config group; that of `experiment` names the folder.
 
-    Returns the metrics of the run: val/acc of the best checkpoint, test/acc and test/loss of it.
+    Returns the metrics of the run: the monitored one of the best checkpoint, and those of its test.
     """
     import_libraries()
     logs = Path(config["paths"]["logs"])

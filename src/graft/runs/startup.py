@@ -43,6 +43,7 @@ def quiet_libraries() -> None:
         ".*`broadcast_buffers` is deprecated.*",  # its replacement is not in torch 2.11
         ".*The number of training batches .* is smaller than the logging interval.*",
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # the order is ours
+        '.*callbacks used to create the checkpoint.*"ModelCheckpoint.*',  # of format 2
         ".*lr_scheduler.step.* before .optimizer.step.*",  # 16-mixed leaves out steps that overflow
         ".*module.s. in eval mode at the start of training.*",  # frozen blocks are meant to be
     ):

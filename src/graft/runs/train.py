@@ -65,7 +65,10 @@ def run_in_folder(
             if folder is None:
                 sys.exit(0)  # as above
             folder.finish(
-                "pruned", error=str(error), metrics={"val/acc": error.best}, seconds=seconds()
+                "pruned",
+                error=str(error),
+                metrics={config["task"]["monitor"]: error.best},
+                seconds=seconds(),
             )
             return folder.record["metrics"]
         except BaseException as error:
@@ -91,7 +94,7 @@ def train(
     resumed: Resumed | None = None,
     stop: StopSignals | None = None,
 ) -> tuple[dict[str, float], TransferModule]:
-    """Build the objects, run the plan's stages, test the weights with the best val/acc.
+    """Build the objects, run the plan's stages, test the weights of the best validation.
 
     Args:
         folder: where everything is written; None on the ranks that write nothing.
@@ -133,6 +136,7 @@ def train(
             "the data is not what this run has trained on: "
             f"{'; '.join(datamodule.changes.values())}: put it back, or start a new run"
         )
+    module.task.prepare(datamodule.splits["train"].labels, datamodule.classes)
     if config["trainer"]["compile"]:
         compile_blocks(module.backbone, config["trainer"]["compile"])
     path = folder.path if folder is not None else Path("unused-on-other-ranks")
@@ -156,6 +160,7 @@ def train(
         make_trainer,
         options=options,
         callbacks=config["callbacks"] or {},
+        monitor=config["task"]["monitor"],
         loggers=loggers,
         stop=stop,
     )
@@ -227,5 +232,5 @@ def train(
     if folder is not None:
         recall = lowest_recall(Predictions.joined(collect.parts), datamodule.classes)
         folder.update(recall=recall)
-    tensorboard.log_end(loggers, datamodule, [collect], results)
-    return {"val/acc": results[-1].best_score, **tested}, module
+    tensorboard.log_end(loggers, module.task.monitor, datamodule, [collect], results)
+    return {module.task.monitor: results[-1].best_score, **tested}, module

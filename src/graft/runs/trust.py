@@ -20,7 +20,7 @@ from graft.config.objects import find
 from graft.config.overrides import SEARCHPATH
 from graft.config.resolved import CONFIGS, leaves
 
-LIBRARIES = ("graft", "torch", "torchvision", "timm", "lightning", "optuna")
+LIBRARIES = ("graft", "torch", "torchvision", "timm", "torchmetrics", "lightning", "optuna")
 TRUST = "GRAFT_TRUST"  # more packages, with commas; * for any: jobs of one's own sweep
 EVERYTHING = "*"
 # Arguments that say where something is written or sent, or what else is read.
@@ -137,11 +137,13 @@ def _kinds() -> list[tuple[str, str, Callable[[Any], bool]]]:
     from lightning import Callback
     from lightning.pytorch.loggers.logger import Logger
     from torch.optim import Optimizer
+    from torchmetrics import Metric
 
     from graft.data.datamodule import TransferDataModule
     from graft.data.sources.base import Source
     from graft.models.backbone import Backbone
     from graft.models.heads import Head
+    from graft.tasks.base import Task
     from graft.transforms.images import Augment
 
     def backbone(found: Any) -> bool:
@@ -154,6 +156,8 @@ def _kinds() -> list[tuple[str, str, Callable[[Any], bool]]]:
     return [
         (r"backbone", "a Backbone or a function annotated to return one", backbone),
         (r"head", "a Head", _is_a(Head)),
+        (r"task", "a Task", _is_a(Task)),
+        (r"task\.metrics\.[^.]+", "a metric of torchmetrics", _is_a(Metric)),
         (r"data", "a TransferDataModule", _is_a(TransferDataModule)),
         (r"data\.source", "a Source", _is_a(Source)),
         (r"data\.augment", "an Augment", _is_a(Augment)),

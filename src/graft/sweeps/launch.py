@@ -23,7 +23,7 @@ from graft.config.resolved import check, chosen_options, leaves
 from graft.reporting.console import console
 from graft.runs.entry import failures
 from graft.runs.folder import FINAL, RunFolder, run_name
-from graft.runs.records import read_run, run_folders
+from graft.runs.records import objective, read_run, run_folders
 from graft.runs.trust import require_trusted
 from graft.storage.disk import remove_leftovers
 from graft.storage.reading import read_yaml_mapping
@@ -59,8 +59,9 @@ class Job:
 
     @property
     def score(self) -> float:
-        """The best validation accuracy, which is what a sweep optimises."""
-        return float(self.folder.record["metrics"].get("val/acc", "nan"))
+        """The best of the monitored metric, which is what a sweep optimises."""
+        monitor, _ = objective(self.folder.record["config"])
+        return float(self.folder.record["metrics"].get(monitor, "nan"))
 
     def settle(self, reason: str, status: str = "failed") -> None:
         """Read what came of it, or note the reason where its process could not."""

@@ -11,10 +11,9 @@ from typing import Any
 
 from rich.status import Status
 
-from graft.reporting.console import console
+from graft.reporting.console import console, measured
 from graft.runs.folder import FINAL
-
-SHOWN = ("val/acc", "test/acc")
+from graft.runs.records import objective
 
 
 class Progress:
@@ -48,9 +47,10 @@ class Progress:
         status = record["status"]
         self.ended[status] += 1
         self.last = time.monotonic()
+        shown = dict.fromkeys([objective(record["config"])[0], "test/acc"])
         what = [
-            f"{name} {100 * record['metrics'][name]:.2f} %"
-            for name in SHOWN
+            f"{name} {measured(name, record['metrics'][name])}"
+            for name in shown
             if name in record["metrics"]
         ]
         if status not in FINAL:

@@ -22,13 +22,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from graft.config.objects import make
-from graft.reporting.console import console
+from graft.reporting.console import console, measured
 from graft.runs.entry import failures
+from graft.runs.records import objective
 from graft.runs.trust import require_trusted
 from graft.storage.disk import write_atomically
 from graft.storage.reading import read_bytes
 from graft.sweeps import sweep
 from graft.sweeps.launch import Job, SweepLauncher
+from graft.training.best import Best
 from graft.training.signals import Pruned
 
 FILE = "optuna.log"
@@ -41,8 +43,7 @@ def open_study(sweep: Path, **keywords: Any) -> optuna.Study:
         return optuna.create_study(
             storage=storage,
             study_name="graft",
-            direction="maximize",
-            load_if_exists=True,
+            load_if_exists=True,  # whose direction stays
             **keywords,
         )
     except Exception as error:  # of a damaged file, Optuna raises almost any
@@ -92,9 +93,11 @@ def search(
         else:
             fixed[key] = override.get_value_element_as_str()
     with launcher.locked():
+        config, *_ = launcher.compose([f"{key}={value}" for key, value in fixed.items()])
+        monitor, mode = objective(config)
         launcher.note_command()
         mend(launcher.path / FILE)
-        study = open_study(launcher.path)
+        study = open_study(launcher.path, direction=f"{mode}imize")
         if seed is not None:  # or a study that goes on would draw what it drew before
             seed += len(study.trials)
         if sweep.read_from is not None:
@@ -143,7 +146,7 @@ def search(
         if study.get_trials(states=[TrialState.COMPLETE]):
             best = study.best_trial
             values = " ".join(f"{key}={value}" for key, value in best.params.items())
-            console.print(f"best      val/acc {100 * study.best_value:.2f} %: {values}")
+            console.print(f"best      {monitor} {measured(monitor, study.best_value)}: {values}")
 
 
 def distribution(override: Override) -> BaseDistribution:
@@ -179,13 +182,16 @@ class Prune(L.Callback):
             epoch += stage["epochs"]
         best = None
         if trainer.is_global_zero:
-            run = Path(trainer.checkpoint_callback.dirpath).parents[1]  # type: ignore
+            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            run = next(c.path.parents[2] for c in callbacks if isinstance(c, Best))
             if (run.parent / FILE).exists():  # or the run was moved: nothing is made beside it
                 study = open_study(run.parent, pruner=self.pruner)
                 trial = Trial(study, study.trials[self.number]._trial_id)
-                trial.report(float(trainer.callback_metrics["val/acc"]), epoch)
+                task: Any = pl_module.task
+                trial.report(float(trainer.callback_metrics[task.monitor]), epoch)
                 if trial.should_prune():
-                    best = max(study.trials[self.number].intermediate_values.values())
+                    values = study.trials[self.number].intermediate_values.values()
+                    best = max(values) if task.mode == "max" else min(values)
         best = trainer.strategy.broadcast(best)
         if best is not None:
             raise Pruned(epoch, best)

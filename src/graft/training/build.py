@@ -66,10 +66,7 @@ def build(
     head = seeded_head(
         bind_head(config), (backbone.num_features, datamodule.num_classes), head_seed(config)
     )
-    module = TransferModule(
-        backbone, head, datamodule.num_classes, label_smoothing=config["label_smoothing"]
-    )
-    return module, datamodule
+    return TransferModule(backbone, head, make(config["task"])), datamodule
 
 
 def processes(trainer: dict[str, Any]) -> int:

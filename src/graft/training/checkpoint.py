@@ -17,19 +17,26 @@ from graft.storage.disk import explained
 if TYPE_CHECKING:
     from graft.training.module import TransferModule
 
-from graft.plan.results import LAST, PREVIOUS
+from graft.plan.results import BEST, LAST, PREVIOUS
 
 MARK = b"graft crc32 "
 COMMENT_BYTES = 2 + len(MARK) + 8
 
 
+# Of Lightning's checkpoint, what is left of one that is not to be resumed from.
+WEIGHTS = ("state_dict", "graft", "epoch", "global_step", "loops", "pytorch-lightning_version")
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Whole files or none, on whatever file system the run folder is."""
+    """Whole files or none, on whatever file system the run folder is; in `best.ckpt`, weights."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        write_checkpoint(checkpoint, Path(path))
+        path = Path(path)
+        if path.name == BEST:
+            checkpoint = {key: checkpoint[key] for key in WEIGHTS}
+        write_checkpoint(checkpoint, path)
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
@@ -95,10 +102,9 @@ def load_checkpoint(module: TransferModule, path: Path) -> None:
 
 
 def replace_weights(path: Path, module: TransferModule, **note: Any) -> None:
-    """The module's weights in place of those in a checkpoint, and nothing to resume from.
+    """The module's weights in place of those in a checkpoint.
 
     For a stage that ends with other weights than it trained: the winner of a grid, merged adapters.
-    The state of its optimizer says nothing about them.
 
     Args:
         note: goes into the checkpoint's "graft" part.
@@ -107,9 +113,6 @@ def replace_weights(path: Path, module: TransferModule, **note: Any) -> None:
     checkpoint["state_dict"] = {k: v.cpu().clone() for k, v in module.state_dict().items()}
     checkpoint["graft"] = {**checkpoint["graft"], **note, "final": True}
     checkpoint["graft"].pop("grid", None)
-    checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
-    for key in ("current_model_state", "averaging_state"):  # of a stage with ema
-        checkpoint.pop(key, None)
     write_checkpoint(checkpoint, path)
 
 

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from torch import nn
-from torchmetrics import Metric
+from lightning.pytorch.callbacks import WeightAveraging
 
 from graft.plan.results import LAST
 from graft.reporting.loggers import flush
+from graft.training.best import state_of_format_2
 from graft.training.signals import LOST, Preempted, StopSignals
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class LastCheckpoint(L.Callback):
         if self.resumed is not None:  # not earlier: Lightning's own start must not draw from it
             with restoring(trainer.ckpt_path):
                 set_random_states(self.resumed["random"])
-                set_metric_states(pl_module, self.resumed["metrics"])
+                restore_trained(pl_module, self.resumed)
                 own = _own_statistics(trainer, pl_module)
                 for buffer, saved in zip(own, self.resumed["statistics"], strict=True):
                     buffer.copy_(saved)
@@ -140,7 +139,7 @@ class LastCheckpoint(L.Callback):
             return
         own = {
             "random": random_states(),
-            "metrics": metric_states(pl_module),
+            "trained": move_data_to_device(cast("TransferModule", pl_module).trained.sums, "cpu"),
             "statistics": [buffer.cpu() for buffer in _own_statistics(trainer, pl_module)],
         }
         ranks = [own] * trainer.world_size
@@ -167,9 +166,8 @@ class LastCheckpoint(L.Callback):
         # Lightning does this after `configure_optimizers`, which asks for the number of steps,
         # which starts the loader's workers: they would fetch from the start of the first epoch.
         trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-                _move(checkpoint["callbacks"][callback.state_key], callback.dirpath)
+        if (best := state_of_format_2(checkpoint)) and "Best" not in checkpoint["callbacks"]:
+            checkpoint["callbacks"]["Best"] = best
 
 
 @contextmanager
@@ -212,18 +210,6 @@ def _apply_schedule(scheduler: Any) -> None:
         group["lr"] = base * factor(scheduler.last_epoch)
 
 
-def _move(saved: dict[str, Any], folder: str | Path) -> None:
-    """Correct the state of a ModelCheckpoint whose run folder may have been moved."""
-
-    def moved(path: str) -> str:
-        return str(Path(folder) / Path(path).name) if path else path
-
-    saved["dirpath"] = str(folder)
-    saved["best_k_models"] = {moved(p): score for p, score in saved["best_k_models"].items()}
-    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-        saved[key] = moved(saved[key])
-
-
 def random_states() -> dict[str, Any]:
     """Of torch, numpy and Python in this process, as values that load under `weights_only`."""
     name, keys, *numpy_rest = np.random.get_state(legacy=True)  # noqa: NPY002 (the one others use)
@@ -246,18 +232,11 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
-def metric_states(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """What metrics have seen since they were reset: an unfinished epoch's training loss."""
-    return {
-        name: {"updates": metric.update_count, "state": move_data_to_device(values, "cpu")}
-        for name, metric in module.named_modules()
-        if isinstance(metric, Metric) and (values := metric.metric_state) and metric.update_called
-    }
-
-
-def set_metric_states(module: nn.Module, states: dict[str, dict[str, Any]]) -> None:
-    for name, saved in states.items():
-        metric = cast("Metric", module.get_submodule(name))
-        metric._update_count = saved["updates"]
-        for key, value in saved["state"].items():
-            setattr(metric, key, move_data_to_device(value, metric.device))
+def restore_trained(module: L.LightningModule, state: dict[str, Any]) -> None:
+    """What an unfinished epoch's training loss is made of. In format 2 it was a mean of batches."""
+    trained = state.get("trained")
+    if trained is None:
+        old = state["metrics"].get("train_loss", {}).get("state", {})
+        trained = {"loss": old["mean_value"], "images": old["weight"]} if old else {}
+    sums = {name: value.double() for name, value in trained.items()}
+    cast("TransferModule", module).trained.sums = move_data_to_device(sums, module.device)

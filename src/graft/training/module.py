@@ -1,4 +1,4 @@
-"""TransferModule: a pretrained backbone, a new head, the loss and the metrics."""
+"""TransferModule: a pretrained backbone and a new head, trained for a task."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from graft.data.datasets import Batch
 from graft.models.backbone import Backbone
@@ -32,8 +29,8 @@ from graft.plan.grid import Grid, GridRecord
 from graft.plan.lora import add_adapters, merge_adapters
 from graft.plan.param_groups import param_groups
 from graft.plan.stage import Stage
+from graft.tasks.base import Tally, Task
 from graft.training.grid import GridFit
-from graft.training.lean import MeanOfBatches
 from graft.training.per_head import PerHead, grid_groups
 
 
@@ -43,27 +40,16 @@ class TransferModule(L.LightningModule):
     Call `start_stage` before each `fit`: it decides what learns. Batches are dicts with "label"
     and either "image" (N, 3, H, W) or "features" (stored outputs of the frozen prefix); training
     batches may carry soft labels, "target" (N, num_classes).
-
-    Args:
-        label_smoothing: of the training loss; validation and test report plain cross-entropy.
     """
 
-    def __init__(
-        self, backbone: Backbone, head: Head, num_classes: int, *, label_smoothing: float = 0.0
-    ) -> None:
+    def __init__(self, backbone: Backbone, head: Head, task: Task) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing}: must be in [0, 1)")
         self.backbone = backbone
         self.head = head
-        self.label_smoothing = label_smoothing
+        self.task = task
         if backbone.channels_last:
             self.backbone.to(memory_format=torch.channels_last)
-        self.train_loss = MeanOfBatches()
-        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
-        self.val_acc, self.test_acc = (
-            MulticlassAccuracy(num_classes, average="micro") for _ in range(2)
-        )
+        self.trained, self.evaluated = Tally(), Tally()  # of the epoch
         self.stage: Stage | None = None
         self.learning: Sequence[str] = ()
         self.cut = len(backbone.blocks)
@@ -86,6 +72,7 @@ class TransferModule(L.LightningModule):
             if add_adapters(self.backbone.blocks, names, stage.lora) == 0:
                 raise ValueError(f"lora: no linear layer or convolution in {stage.trainable}")
         self.head.requires_grad_(stage.train_head)
+        self.task.start_stage(stage.label_smoothing)
         if not any(p.requires_grad for p in self.parameters()):
             raise ValueError(f"stage {stage.name}: nothing is trainable, neither backbone nor head")
         if stage.l2_sp and not self.pretrained:
@@ -99,7 +86,7 @@ class TransferModule(L.LightningModule):
     def start_grid(self, grid: Grid, num_classes: int) -> None:
         """The grid becomes the head for a stage."""
         self.head = grid.heads(self.backbone.num_features, num_classes)
-        self.grid = GridFit(grid.points)
+        self.grid = GridFit(grid.points, self.task.monitor, self.task.mode)
 
     def finish_grid(self) -> GridRecord:
         """The winner becomes the head. Call it with the grid's best weights loaded."""
@@ -122,36 +109,40 @@ class TransferModule(L.LightningModule):
             self.head.train(self.stage.train_head)
         return self
 
-    @property
-    def smoothing(self) -> float:
-        """Label smoothing of the current stage."""
-        own = self.stage.label_smoothing if self.stage is not None else None
-        return self.label_smoothing if own is None else own
-
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) normalised images -> (N, num_classes) logits."""
         return self.head(self.backbone(images))
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def outputs(self, batch: Batch) -> Tensor:
+        """Of the head, for images or stored features."""
         if "features" in batch:
             return self.head(self.backbone.forward_from(self.cut, batch["features"]))
         return self(batch["image"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.grid is not None:
-            losses = self.grid.training_losses(self._logits(batch), batch["label"], self.smoothing)
-            self._log_step(losses)
-            return losses.sum()  # a head's gradient is that of its own loss
-        loss = F.cross_entropy(
-            self._logits(batch),
-            batch.get("target", batch["label"]),  # probabilities, where images are mixed
-            label_smoothing=self.smoothing,
-        )
-        self.train_loss.update(loss.detach())
-        if self.trainer.is_last_batch:
-            self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        self._log_step(loss)
-        return loss
+        loss = self.task.loss(self, batch)
+        images = len(batch["label"])
+        self.trained.add(loss=loss.detach() * images, images=images)
+        # `self.log` takes as long as a step of a small head: it is called when something is due.
+        if self.trainer._logger_connector.should_update_logs:
+            # Of a grid, the mean of the heads that have not diverged.
+            mean = torch.where(loss.isfinite(), loss, torch.nan).nanmean() if loss.ndim else loss
+            self.log("train/loss_step", mean.detach(), batch_size=1)
+        if self.trainer.is_last_batch and self.grid is None:
+            self.log("train/loss", self._mean_trained(), on_step=False, on_epoch=True, batch_size=1)
+        return loss.sum()  # a head's gradient is that of its own loss
+
+    def _mean_trained(self) -> Tensor:
+        sums = self._taken(self.trained)
+        return sums["loss"] / sums["images"]
+
+    def _taken(self, tally: Tally) -> dict[str, Tensor]:
+        """The sums over all ranks."""
+
+        def reduce(sums: Tensor) -> Tensor:
+            return self.trainer.strategy.reduce(sums, reduce_op="sum")
+
+        return tally.take(reduce, self.device)
 
     def on_fit_start(self) -> None:
         self.pretrained = {name: w.to(self.device) for name, w in self.pretrained.items()}
@@ -170,56 +161,41 @@ class TransferModule(L.LightningModule):
         away = torch._foreach_sub([p.detach() for p in learning.values()], start)
         torch._foreach_add_(gradients, away, alpha=self.stage.l2_sp)
 
-    def _log_step(self, loss: Tensor) -> None:
-        # `self.log` takes as long as a step of a small head: it is called when something is due.
-        if self.trainer._logger_connector.should_update_logs:
-            if self.grid is not None:  # the mean of the heads that have not diverged
-                loss = torch.where(loss.isfinite(), loss, torch.nan).nanmean()
-            self.log("train/loss_step", loss.detach(), batch_size=1)
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_loss, self.val_acc)
+        self.task.evaluate(self, batch, self.evaluated)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._evaluate(batch, self.test_loss, self.test_acc)
-
-    def _evaluate(self, batch: Batch, loss: Metric, accuracy: Metric) -> Tensor:
-        """The logits."""
-        logits = self._logits(batch)
-        labels = batch["label"]
-        if self.grid is not None:
-            self.grid.validate(logits, labels)
-            return logits
-        loss.update(F.cross_entropy(logits, labels, reduction="none"))
-        accuracy.update(logits, labels)
-        return logits
+        return self.task.evaluate(self, batch, self.evaluated)
 
     def on_validation_epoch_start(self) -> None:  # not earlier: EMA has put its average in here
         self.sync_batch_norms()
 
     def on_validation_epoch_end(self) -> None:
         # Before any checkpoint is written: a broken model must not become the best one.
+        metrics = self._evaluation()
         if self.grid is not None:
-            metrics = self.grid.end_epoch(self.current_epoch + 1)
-            # Every rank has the same values: they are computed over all.
-            self.log_dict(metrics, sync_dist=True)
-            loss = metrics["val/loss"]
-        else:
-            self._log_evaluation("val", self.val_loss, self.val_acc)
-            loss = self.val_loss.compute()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the validation loss is {loss.item()} in epoch {self.current_epoch}: lower "
-                "optimizer.lr, add scheduler.warmup or set trainer.gradient_clip_val=1"
-            )
+            if self.trained.sums:
+                metrics["train/loss"] = self._mean_trained()
+            metrics = self.grid.end_epoch(metrics, self.current_epoch + 1)
+        self._log_metrics(metrics)
+        for name in ("val/loss", self.task.monitor):
+            if name in metrics and not torch.isfinite(metrics[name]):
+                what = "the validation loss" if name == "val/loss" else name
+                raise FloatingPointError(
+                    f"{what} is {metrics[name].item()} in epoch {self.current_epoch}: lower "
+                    "optimizer.lr, add scheduler.warmup or set trainer.gradient_clip_val=1"
+                )
 
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test", self.test_loss, self.test_acc)
+        self._log_metrics(self._evaluation("test"))
 
-    def _log_evaluation(self, split: str, loss: Metric, accuracy: Metric) -> None:
-        # Metric objects: exact over ranks with unequal shares, unlike a mean of means.
-        self.log(f"{split}/loss", loss)
-        self.log(f"{split}/acc", accuracy)
+    def _evaluation(self, split: str = "val") -> dict[str, Tensor]:
+        metrics = self.task.metrics(self._taken(self.evaluated)) | self.task.own_values()
+        return {f"{split}/{name}": value for name, value in metrics.items()}
+
+    def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
+        # Every rank has the same values: they are computed over all.
+        self.log_dict({name: value.float() for name, value in metrics.items()}, sync_dist=True)
 
     def sync_batch_norms(self) -> None:
         """Average the BatchNorm statistics that move over ranks: one model for every rank.
@@ -305,4 +281,4 @@ class TransferModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.grid is not None:
-            self.grid.record = GridRecord(self.grid.record.points, **checkpoint["graft"]["grid"])
+            self.grid.record = self.grid.record.restored(checkpoint["graft"]["grid"])

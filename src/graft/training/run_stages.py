@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from graft.features.store import FeatureStore
 from graft.models.heads import Standardize
@@ -17,6 +16,7 @@ from graft.plan.results import BEST, LAST, Resumed, StageResult
 from graft.plan.stage import Stage
 from graft.reporting.loggers import advance
 from graft.storage.stored import StoredFeatures
+from graft.training.best import Best
 from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
 from graft.training.ema import EMA
 from graft.training.last_checkpoint import LastCheckpoint, explain_restoring
@@ -49,7 +49,7 @@ def run_stages(
     on_stage: Callable[[Stage], None] = lambda stage: None,
     on_result: Callable[[StageResult], None] = lambda result: None,
 ) -> list[StageResult]:
-    """Fit the stages in order; each ends with the weights of its best `val/acc`.
+    """Fit the stages in order; each ends with the weights of its best validation.
 
     Args:
         new_store: called with (backbone, cut, datamodule, stage, device=...), for its features.
@@ -96,9 +96,7 @@ def _fit(
     make_trainer: MakeTrainer,
     checkpoint: Path | None,
 ) -> StageResult:
-    best = ModelCheckpoint(
-        last.folder, "best", monitor="val/acc", mode="max", enable_version_counter=False
-    )
+    best = Best(last.folder / BEST, module.task.monitor, module.task.mode)
     average = [EMA(stage.ema)] if stage.ema else []
     trainer = make_trainer(stage, [last, best, start, *average])
     if checkpoint is not None:
@@ -106,10 +104,9 @@ def _fit(
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if best.best_model_score is None:
+    if best.score is None:
         raise RuntimeError(f"stage {stage.name} ended without a checkpoint")
-    path = Path(best.best_model_path)
-    result = StageResult(stage.name, path, float(best.best_model_score), steps=trainer.global_step)
+    result = StageResult(stage.name, best.path, best.score, steps=trainer.global_step)
     _keep_best(module, stage, trainer, result)
     advance(trainer.loggers, result.steps)
     return result
@@ -150,14 +147,12 @@ def _solve(
     (metrics,) = trainer.validate(module, datamodule=datamodule, verbose=False)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    for metric in (module.val_loss, module.val_acc):
-        metric.reset()  # or a later fit meets tensors of `validate`'s inference mode
     folder = trainer.strategy.broadcast(folder)  # the run's folder is known to the first rank
     for name in (LAST, BEST):
         trainer.save_checkpoint(folder / name)
     advance(trainer.loggers, 1)
     head = {**solve.chosen, **metrics}
-    return StageResult(stage.name, folder / BEST, metrics["val/acc"], steps=1, head=head)
+    return StageResult(stage.name, folder / BEST, metrics[module.task.monitor], steps=1, head=head)
 
 
 def seed_stage(seed: int, index: int, rank: int = 0) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from graft.models.heads import LinearHead, Standardize
 from graft.storage.stored import StoredFeatures
+from graft.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from graft.data.datamodule import TransferDataModule
@@ -53,6 +54,8 @@ def solve(module: TransferModule, datamodule: TransferDataModule, stage: Stage) 
             f"{key}: solves for one linear head on frozen features; use trainable: head and "
             f"head=linear, or solver: sgd (the head is a {type(head).__name__})"
         )
+    if not isinstance(task := module.task, Classification):
+        raise ValueError(f"{key}: solves for classes; a {type(task).__name__} needs solver: sgd")
     if not isinstance(head.norm, Standardize | torch.nn.Identity):
         raise ValueError(f"{key}: head.norm must be none or standardize: batches don't exist here")
     if not {"train", "val"} <= datamodule.features.keys():
@@ -64,7 +67,7 @@ def solve(module: TransferModule, datamodule: TransferDataModule, stage: Stage) 
         return features, labels.repeat_interleave(features.views)
 
     train, val = stored("train"), stored("val")
-    smoothing = module.smoothing
+    smoothing = task.smoothing
     if stage.solver == "ridge":
         strength, weight, bias = ridge(head, train, val, stage.strengths, smoothing=smoothing)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -113,17 +113,19 @@ def make_trainer(
     *,
     options: dict[str, Any],
     callbacks: dict[str, Any],
+    monitor: str = "val/acc",
     loggers: list[Logger],
     stop: StopSignals | None = None,
 ) -> L.Trainer:
     """The Trainer of one stage: `needed` callbacks first, then those of the config.
 
     Args:
+        monitor: the metric that is printed.
         stop: takes the place of Lightning's own handling of signals.
     """
     terminal = sys.stdout.isatty()
     chosen = [*needed, *(make(c) for c in callbacks.values() if c)]
-    chosen.append(RichProgressBar(leave=True) if terminal else EpochLines())
+    chosen.append(RichProgressBar(leave=True) if terminal else EpochLines(monitor))
     if loggers:
         chosen += [LearningRateMonitor(logging_interval="step"), Inputs(stage.name)]
     strategy = options["strategy"]
@@ -147,7 +149,7 @@ def make_trainer(
         logger=loggers or False,
         enable_progress_bar=terminal,
         enable_model_summary=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in needed),
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in chosen),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the datamodule's order already knows the ranks
     )

@@ -1,0 +1,107 @@
+"""The task contract: what is optimised, what is measured, and which of it is "best"."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from graft.data.datasets import Batch
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+Reduce = Callable[[Tensor], Tensor]  # the sum over ranks
+
+
+class Model(Protocol):
+    """What a task sees of a `TransferModule`."""
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """(N, num_outputs) outputs of the head, or (N, K, num_outputs) of K heads."""
+
+
+class Tally:
+    """Sums over the examples of an epoch, in float64: exact over ranks, whatever their shares."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, **sums: Tensor | float) -> None:
+        """Each name always with a tensor of the same shape."""
+        for name, value in sums.items():
+            value = torch.as_tensor(value, dtype=torch.float64)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def take(self, reduce: Reduce = lambda sums: sums, device: Any = None) -> dict[str, Tensor]:
+        """The sums over all ranks, by one reduction; the tally starts anew."""
+        sums, self.sums = self.sums, {}
+        if not sums:
+            return {}
+        total = reduce(torch.cat([value.to(device).reshape(-1) for value in sums.values()]))
+        parts = total.split([value.numel() for value in sums.values()])
+        return {
+            name: part.reshape(value.shape)
+            for (name, value), part in zip(sums.items(), parts, strict=True)
+        }
+
+
+class Task(nn.Module, ABC):
+    """What a stage optimises and measures.
+
+    Args:
+        monitor: the metric that the best checkpoint, sweeps and Optuna go by; "val/..." of what
+            `metrics` gives.
+        mode: "max", or "min" if smaller is better.
+        metrics: of torchmetrics, by name; they are called with (outputs, labels).
+
+    Raises:
+        ValueError: an impossible value.
+    """
+
+    def __init__(
+        self, *, monitor: str, mode: str, metrics: Mapping[str, Metric] | None = None
+    ) -> None:
+        super().__init__()
+        if mode not in ("max", "min"):
+            raise ValueError(f"task.mode={mode}: must be max or min")
+        self.monitor, self.mode = monitor, mode
+        self.own_metrics = nn.ModuleDict(dict(metrics or {}))
+
+    def prepare(self, labels: NDArray[Any], classes: Sequence[str]) -> None:
+        """Look at the training labels, once before training."""
+
+    def start_stage(self, label_smoothing: float | None) -> None:
+        """Called before each stage, with what it sets of the task's options.
+
+        Raises:
+            ValueError: the task has no such option.
+        """
+        if label_smoothing is not None:
+            raise ValueError(f"label_smoothing of a stage: {type(self).__name__} has none")
+
+    @abstractmethod
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """The training loss, a mean over examples: (), or (K,) for K heads."""
+
+    @abstractmethod
+    def evaluate(self, model: Model, batch: Batch, tally: Tally) -> Tensor:
+        """Add what `metrics` needs of a batch; returns the model's outputs."""
+
+    @abstractmethod
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics by name ("loss", "acc"), of the sums over all examples; each (), or (K,)."""
+
+    def own_values(self) -> dict[str, Tensor]:
+        """What the metrics of torchmetrics come to over all ranks; they start anew."""
+        values = {name: metric.compute() for name, metric in self.own_metrics.items()}  # type: ignore[operator]
+        for metric in self.own_metrics.values():
+            metric.reset()  # type: ignore[operator]
+        return values
+
+    def better(self, score: float, best: float | None) -> bool:
+        return best is None or (score > best if self.mode == "max" else score < best)
