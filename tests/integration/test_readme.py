@@ -33,9 +33,9 @@ COMMANDS = [
 
 
 @pytest.mark.slow
-def test_the_four_extensions_run_in_a_copy_of_the_repository(tmp_path: Path) -> None:
+def test_the_five_extensions_run_in_a_copy_of_the_repository(tmp_path: Path) -> None:
     kinds = {Path(name).parent.name for name in FILES if name.endswith(".yaml")}
-    assert kinds == {"backbone", "head", "data", "transfer"}
+    assert kinds == {"backbone", "head", "data", "task", "transfer"}
     assert all(len(text.splitlines()) <= 15 for text in FILES.values())
     shutil.copytree(ROOT / "src", tmp_path / "src")
     shutil.copytree(CONFIGS, tmp_path / "configs")

@@ -187,7 +187,7 @@ def test_best_of_equal_scores_is_the_one_with_the_lower_loss(train_tiny: Train) 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task.monitor=val/loss"], "a smaller loss is better: set task.mode=min"),
+        (["task.monitor=val/loss"], "smaller is better: set task.mode=min"),
         (["task.monitor=acc"], "task.monitor=acc: must be the name of a metric of validation"),
         (["task.monitor=val/nothing"], "there is no such metric; validation gives val/loss"),
         (["task.class_weights=[1,2,3]"], "task.class_weights has 3 numbers, and the data"),

@@ -34,7 +34,9 @@ from graft.storage.disk import write_atomically
 
 if TYPE_CHECKING:
     from graft.data.datamodule import TransferDataModule
+    from graft.data.datasets import ImageDataset
     from graft.data.items import SplitRecord
+    from graft.evaluation.evaluator import Evaluator
     from graft.tasks.scores import Predictions
 
 
@@ -185,7 +187,6 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
         report.say(f"note      {note}")
     report.say(f"device    {device}")
 
-    predictions = evaluator.predictions(test)
     whole = run.resolve()
     result = {
         "settings": {**vars(settings), "data": list(settings.data)},
@@ -196,20 +197,52 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
         "images": len(test),
         "classes": datamodule.classes,
         "device": device,
-        "metrics": scores(predictions, datamodule.num_classes),
     }
-    if settings.corruptions:
+    if test.targets is not None:
+        result |= measured_outputs(evaluator, test, positions, file, settings)
+    elif settings.corruptions:
+        result["metrics"] = scores(evaluator.predictions(test), datamodule.num_classes)
         found = evaluator.corruptions(test)
         accuracies = [values["acc"] for severities in found.values() for values in severities]
         result |= {"corruptions": found, "mean_acc": float(np.mean(accuracies))}
     else:
+        predictions = evaluator.predictions(test)
+        result["metrics"] = scores(predictions, datamodule.num_classes)
         result |= details(predictions, datamodule.classes)
-        write_atomically(file.with_suffix(".npz"), compressed(predictions, positions))
+        kept = compressed(
+            positions[predictions.index.numpy()],
+            label=predictions.label.numpy().astype(np.int32),
+            prediction=predictions.prediction.numpy().astype(np.int32),
+            confidence=predictions.confidence.numpy(),
+        )
+        write_atomically(file.with_suffix(".npz"), kept)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_atomically(file, json.dumps(result, indent=1) + "\n")
     (report.print_corruptions if settings.corruptions else report.print_scores)(result)
     report.say(f"kept in   {file}")
     return result
+
+
+def measured_outputs(
+    evaluator: Evaluator,
+    test: ImageDataset,
+    positions: np.ndarray,
+    file: Path,
+    settings: Settings,
+) -> dict[str, Any]:
+    """Metrics of a task without classes, with intervals; its outputs are kept beside `file`."""
+    if settings.corruptions:
+        raise ValueError("--corruptions knows accuracies alone, and this run has no classes")
+    from graft.evaluation.bootstrap import intervals
+
+    found, task = evaluator.outputs(test), evaluator.module.task.cpu()
+    index = positions[found.index.numpy()]
+    kept = compressed(index, output=found.outputs.numpy(), target=found.target.numpy())
+    write_atomically(file.with_suffix(".npz"), kept)
+    return {
+        "metrics": task.scores(found.outputs, found.target),
+        "intervals": intervals(task, found.outputs, found.target),
+    }
 
 
 def notes(
@@ -229,7 +262,8 @@ def notes(
         yield "is another one, and may hold images that it was trained on"
     elif other and (seen := record.trained_on(test)):
         yield f"this run was trained on {seen:,} of these images"
-    if absent := sorted({*range(datamodule.num_classes)} - {*test.labels.tolist()}):
+    absent = sorted({*range(datamodule.num_classes)} - {*test.labels.tolist()})
+    if absent and test.targets is None:
         from graft.data.datamodule import few
 
         names = few([datamodule.classes[label] for label in absent])
@@ -329,14 +363,8 @@ def details(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def compressed(predictions: Predictions, positions: np.ndarray) -> bytes:
-    """Predictions as an .npz file; `index` is an image's position in the whole test split."""
+def compressed(index: np.ndarray, **values: np.ndarray) -> bytes:
+    """An .npz file with a row for each image; `index`: its position in the whole test split."""
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        index=positions[predictions.index.numpy()],
-        label=predictions.label.numpy().astype(np.int32),
-        prediction=predictions.prediction.numpy().astype(np.int32),
-        confidence=predictions.confidence.numpy(),
-    )
+    np.savez_compressed(buffer, index=index, **values)  # type: ignore[arg-type]
     return buffer.getvalue()

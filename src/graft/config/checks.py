@@ -315,6 +315,11 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         "value_range": _or_null(_pair("two numbers, like [0, 4095]", NUMBER)),
         "max_megapixels": POSITIVE,
     },
+    "graft.data.sources.table.ImageTable": {
+        **_FOLDER,
+        "table": TEXT,
+        "columns": _or_null(_list_of(TEXT)),
+    },
     "graft.data.sources.synthetic.Synthetic": {
         "classes": _up_to(2, 100_000),
         "per_class": POSITIVE_INT,
@@ -330,6 +335,12 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         ),
         "label_smoothing": BELOW_ONE,
     },
+    "graft.tasks.multilabel.MultiLabel": {
+        "pos_weight": _or_null(
+            _either("balanced, or a number for each label", _one_of("balanced"), _list_of(POSITIVE))
+        ),
+    },
+    "graft.tasks.regression.Regression": {"loss": _one_of("mse", "l1", "huber")},
     "graft.models.heads.CosineHead": {"scale": POSITIVE},
     "graft.models.heads.MLPHead": {"hidden": _up_to(1, 1_000_000), "layers": _up_to(0, 1000)},
     "graft.reporting.loggers.TensorBoard": {"images": BOOL},

@@ -136,8 +136,11 @@ def _grid_problem(plain: dict[str, Any]) -> str | None:
 
 def _task_problem(plain: dict[str, Any]) -> str | None:
     task = plain["task"]
-    if task["mode"] == "max" and task["monitor"].endswith("/loss"):
-        return f"task.monitor={task['monitor']}: a smaller loss is better: set task.mode=min"
+    for name, stage in plain["transfer"]["stages"].items():
+        if stage.get("label_smoothing") is not None and "label_smoothing" not in task:
+            return f"transfer.stages.{name}.label_smoothing: this task has none"
+    if task["mode"] == "max" and task["monitor"].rpartition("/")[2] in ("loss", "mae", "rmse"):
+        return f"task.monitor={task['monitor']}: smaller is better: set task.mode=min"
     return None
 
 
@@ -155,6 +158,8 @@ def _solver_problem(plain: dict[str, Any]) -> str | None:
             return f"{key}: needs stored features: set transfer.stages.{name}.cache=on"
         if head.get("dropout"):
             return f"{key}: knows no dropout: set head.dropout=0"
+        if plain["task"]["_target_"] != "graft.tasks.classification.Classification":
+            return f"{key}: solves for classes: use solver=sgd, or task=classification"
         if plain["task"].get("class_weights") or plain["task"].get("loss") == "focal":
             return f"{key}: knows no class weights and no focal loss: use solver=sgd"
         if solver == "ridge" and plain["task"]["monitor"] != "val/acc":

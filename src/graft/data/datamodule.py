@@ -157,6 +157,8 @@ class TransferDataModule(L.LightningDataModule):
             train_fraction=self.train_fraction,
             shots_per_class=self.shots_per_class,
         )
+        if self.sampling == "balanced" and splits["train"].targets is not None:
+            raise ValueError("data.sampling=balanced needs classes, and this data has none")
         images = self.epoch_images or len(splits["train"])
         self.batch_size = self.batch_size or batch_size_for(max(1, images // self.processes))
         if self.batch_size > images:
@@ -173,7 +175,8 @@ class TransferDataModule(L.LightningDataModule):
             steps: whether they are trained on in steps, not solved for.
         """
         train = self.splits["train"]
-        if absent := sorted({*range(self.num_classes)} - {*train.labels.tolist()}):
+        absent = sorted({*range(self.num_classes)} - {*train.labels.tolist()})
+        if absent and train.targets is None:
             names = few([self.classes[label] for label in absent])
             yield f"no training images of {len(absent)} of {self.num_classes} classes: {names}"
         images = self.epoch_images or len(train)
@@ -270,8 +273,8 @@ class TransferDataModule(L.LightningDataModule):
         sampler: Sampler[Any] = batches
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         if split in self.features:
-            labels = self.splits[split].labels
-            stored = FeatureDataset(self.features[split], labels, self.stage_seed, self._epoch)
+            images = self.splits[split]
+            stored = FeatureDataset(self.features[split], images, self.stage_seed, self._epoch)
             return Batches(stored, batches)
         if train and self.stage_augments and self.sample_transform is not None:
             dataset = SampleTransformed(self.splits[split], self.sample_transform, self.stage_seed)

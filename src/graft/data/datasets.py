@@ -46,11 +46,19 @@ class ImageDataset(Dataset[Batch]):
 
     def __getitem__(self, positions: Positions) -> Batch:
         at = np.asarray(positions) % len(self)
-        return {
+        batch = {
             "image": torch.from_numpy(np.asarray(rows_of(self.images, self.rows[at]))),
             "label": torch.from_numpy(self.labels[at]),
             "index": torch.as_tensor(positions),
         }
+        if self.split.targets is not None:
+            batch["target"] = torch.from_numpy(self.split.targets[self.rows[at]])
+        return batch
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """(N, T), where the data has no classes."""
+        return None if self.split.targets is None else self.split.targets[self.rows]
 
 
 class FeatureDataset(Dataset[Batch]):
@@ -60,10 +68,11 @@ class FeatureDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, features: StoredFeatures, labels: np.ndarray, seed: int, epoch: Callable[[], int]
+        self, features: StoredFeatures, images: ImageDataset, seed: int, epoch: Callable[[], int]
     ) -> None:
         self.features, self.seed, self.epoch = features, seed, epoch
-        self.labels = torch.from_numpy(labels)
+        self.labels = torch.from_numpy(images.labels)
+        self.targets = None if images.targets is None else torch.from_numpy(images.targets)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,4 +84,7 @@ class FeatureDataset(Dataset[Batch]):
             view = drawn_view(views, index, seed=self.seed, epoch=self.epoch())
             rows = at * views + view
         labels = self.labels.index_select(0, at)
-        return {"features": self.features[rows], "label": labels, "index": index}
+        batch = {"features": self.features[rows], "label": labels, "index": index}
+        if self.targets is not None:
+            batch["target"] = self.targets.index_select(0, at)
+        return batch

@@ -26,6 +26,8 @@ class ResidentDataset(Dataset["Batch"]):
             positions = list(range(start, min(start + CHUNK, len(dataset))))
             self.images[start : start + CHUNK] = dataset[positions]["image"].to(device)
         self.labels = torch.from_numpy(dataset.labels).to(device)
+        targets = dataset.targets
+        self.targets = None if targets is None else torch.from_numpy(targets).to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,7 +35,10 @@ class ResidentDataset(Dataset["Batch"]):
     def __getitem__(self, positions: Positions) -> Batch:
         index = torch.tensor(positions, device=self.labels.device)
         at = index % len(self)
-        return {"image": self.images[at], "label": self.labels[at], "index": index}
+        batch = {"image": self.images[at], "label": self.labels[at], "index": index}
+        if self.targets is not None:
+            batch["target"] = self.targets[at]
+        return batch
 
 
 def resides(mode: str, dataset: ImageDataset, device: torch.device) -> bool:

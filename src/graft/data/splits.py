@@ -43,6 +43,11 @@ def draw_splits(
         kept, drawn = stratified_split(labels[keep], fraction, seed + offset)
         held_out[name] = ImageDataset(loaded.train, keep[drawn])
         keep = keep[kept]
+    if shots_per_class is not None and loaded.train.targets is not None:
+        raise ValueError(
+            f"data.shots_per_class={shots_per_class}: this data has no classes: use "
+            "data.train_fraction"
+        )
     if shots_per_class is not None:
         if short := _below(shots_per_class, labels[keep], loaded.classes):
             fewest = min(np.unique(labels[keep], return_counts=True)[1])
@@ -117,10 +122,12 @@ def _label_problem(split: Split, classes: list[str]) -> str | None:
     if labels.ndim != 1:
         hint = ", labels.argmax(1) if they are one-hot" if labels.ndim == 2 else ""
         return f"labels must be (N,), one class for each image, not {labels.shape}{hint}"
-    for what in ("labels", "names", "digests"):
+    for what in ("labels", "names", "digests", "targets"):
         array = getattr(split, what)
         if array is not None and len(array) != count:
             return f"{count:,} images, but {len(array):,} {what}: each image needs one"
+    if split.targets is not None and (problem := _target_problem(split.targets, classes)):
+        return problem
     if labels.dtype != np.int64:
         return f"labels must be int64, not {labels.dtype}: labels.astype(np.int64)"
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
@@ -130,3 +137,11 @@ def _label_problem(split: Split, classes: list[str]) -> str | None:
             f"is {labels[wrong[0]]}"
         )
     return None
+
+
+def _target_problem(targets: np.ndarray, names: list[str]) -> str | None:
+    if targets.ndim != 2 or targets.shape[1] != len(names):
+        return f"targets must be (N, {len(names)}), one for each name, not {targets.shape}"
+    if targets.dtype != np.float32:
+        return f"targets must be float32, not {targets.dtype}: targets.astype(np.float32)"
+    return None if np.isfinite(targets).all() else "a target is not finite"

@@ -21,7 +21,7 @@ from graft.features.store import FeatureStore
 from graft.models.weights import check_finite, load_state
 from graft.plan.stage import Stage
 from graft.reporting import report
-from graft.reporting.collect import Collect
+from graft.reporting.collect import Collect, Outputs
 from graft.tasks.scores import Predictions, scores
 from graft.training.build import build, build_stages
 from graft.training.module import TransferModule
@@ -104,6 +104,13 @@ class Evaluator:
         return test, positions
 
     def predictions(self, dataset: ImageDataset, *, store: bool = True) -> Predictions:
+        return Predictions.joined(self._collected(dataset, store=store).parts)
+
+    def outputs(self, dataset: ImageDataset) -> Outputs:
+        """Of a task without classes."""
+        return Outputs.joined(self._collected(dataset, store=True).outputs)
+
+    def _collected(self, dataset: ImageDataset, *, store: bool) -> Collect:
         """store: whether frozen features may be kept, where the run's last stage keeps them."""
         self.datamodule.replace_test(dataset)
         stores = store and self.stage.cache != "off"
@@ -116,7 +123,7 @@ class Evaluator:
         trainer.test(self.module, datamodule=self.datamodule, verbose=False)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        return Predictions.joined(collect.parts)
+        return collect
 
     def corruptions(self, test: ImageDataset) -> dict[str, list[dict[str, float]]]:
         """Name of a corruption -> scores at severities 1 to 5."""

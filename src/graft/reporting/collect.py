@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graft.tasks.scores import Predictions
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a task without classes gives: one row for each image, in the order of their index."""
+
+    index: Tensor
+    outputs: Tensor
+    target: Tensor
+
+    @classmethod
+    def joined(cls, parts: list[Outputs]) -> Outputs:
+        index, outputs, target = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("index", "outputs", "target")
+        )
+        order = index.argsort()
+        return cls(index[order], outputs[order], target[order])
 
 
 class Collect(L.Callback):
@@ -22,6 +41,7 @@ class Collect(L.Callback):
     def __init__(self, features: int = 0) -> None:
         self.wanted = features
         self.parts: list[Predictions] = []
+        self.outputs: list[Outputs] = []
         self.features: list[Tensor] = []
         self.index = torch.zeros(0, dtype=torch.long)  # of the images of `features`
         self.seen = 0
@@ -45,13 +65,19 @@ class Collect(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.parts.append(Predictions.of(outputs, batch["label"], batch["index"]))
+        if "target" in batch:
+            values = (batch["index"], outputs.float(), batch["target"])
+            self.outputs.append(Outputs(*(value.cpu() for value in values)))
+        else:
+            self.parts.append(Predictions.of(outputs, batch["label"], batch["index"]))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.hook.remove()
         if self.seen:
-            self.index = torch.cat([part.index for part in self.parts])[: self.seen]
+            indices = [part.index for part in self.parts] + [part.index for part in self.outputs]
+            self.index = torch.cat(indices)[: self.seen]
         if trainer.world_size > 1:
             ranks: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(ranks, self.parts)
-            self.parts = [part for parts in ranks for part in parts]
+            dist.all_gather_object(ranks, (self.parts, self.outputs))
+            self.parts = [part for parts, _ in ranks for part in parts]
+            self.outputs = [part for _, parts in ranks for part in parts]

@@ -41,7 +41,8 @@ def print_start(
     sizes = ", ".join(f"{size:,} {name}" for name, size in datamodule.describe().items())
     crop = f" of {p.resize_size}" if p.resize_size != p.crop_size else ""
     origin = p.origin or "with mean " + " ".join(f"{v:g}" for v in p.mean)
-    say(f"data      {sizes} images, {len(classes)} classes ({names})")
+    kind = "classes" if datamodule.splits["train"].targets is None else "targets"
+    say(f"data      {sizes} images, {len(classes)} {kind} ({names})")
     say(f"input     {p.crop_size} x {p.crop_size} px{crop}, {p.interpolation}, normalised {origin}")
     say(
         f"backbone  {backbone.description or 'no weights named'}: "
@@ -158,10 +159,12 @@ class PartsBar:
 
 def print_result(record: Mapping[str, Any], run: Path) -> None:
     say("")
-    for name in dict.fromkeys((record["config"]["task"]["monitor"], "test/acc")):
+    monitor = record["config"]["task"]["monitor"]
+    for name in dict.fromkeys((monitor, monitor.replace("val/", "test/"), "test/acc")):
         if name in record["metrics"]:
             say(f"{name:<9} {measured(name, record['metrics'][name])}")
-    say(f"recall    {record['recall']}")
+    if "recall" in record:
+        say(f"recall    {record['recall']}")
     say(f"time      {record['seconds']:.1f} s")
     say(f"run       {run}")
     say(f"board     graft board {run.parent}")
@@ -176,6 +179,8 @@ def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
         interval = result["intervals"].get(name)
         table.add_row(name, measured(name, value), _interval(name, interval))
     _print(table)
+    if "per_class" not in result:
+        return
     names = list(result["classes"])
     order = list(range(len(names)))
     accuracy = [result["per_class"][name]["acc"] for name in names]

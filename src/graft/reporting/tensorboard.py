@@ -156,9 +156,7 @@ class Inputs(L.Callback):
             p = data.preprocessing
             mean, std = (torch.tensor(value)[:, None, None] for value in (p.mean, p.std))
             pixels = (255 * (seen["image"] * std + mean)).round().clamp(0, 255).byte()
-            captions = [
-                [(line, "black") for line in lines] for lines in _labels(seen, data.classes)
-            ]
+            captions = [[(line, "black") for line in lines] for lines in _labels(seen, data)]
             sheet = pictures.tiles(pixels, captions)
             _show(board, f"inputs/{self.stage}", sheet, board.step_offset)
 
@@ -167,8 +165,12 @@ def _datamodule(trainer: L.Trainer) -> TransferDataModule:
     return cast("TransferDataModule", trainer.datamodule)  # type: ignore[attr-defined]
 
 
-def _labels(batch: Batch, classes: Sequence[str]) -> list[list[str]]:
+def _labels(batch: Batch, data: TransferDataModule) -> list[list[str]]:
     """Lines for each image; of mixed ones, both classes with their weights."""
+    classes = data.classes
+    if data.splits["train"].targets is not None:
+        rows = batch["target"].tolist()
+        return [[f"{v:.4g} {n}" for v, n in zip(row[:2], classes, strict=False)] for row in rows]
     if "target" not in batch:
         return [[classes[label]] for label in batch["label"].tolist()]
     weights, labels = batch["target"].topk(2)

@@ -136,7 +136,9 @@ def train(
             "the data is not what this run has trained on: "
             f"{'; '.join(datamodule.changes.values())}: put it back, or start a new run"
         )
-    module.task.prepare(datamodule.splits["train"].labels, datamodule.classes)
+    train_split = datamodule.splits["train"]
+    learnt = train_split.labels if train_split.targets is None else train_split.targets
+    module.task.prepare(learnt, datamodule.classes)
     if config["trainer"]["compile"]:
         compile_blocks(module.backbone, config["trainer"]["compile"])
     path = folder.path if folder is not None else Path("unused-on-other-ranks")
@@ -229,8 +231,10 @@ def train(
     trainer = new_trainer(stages[-1], [start, collect])
     tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
     tested = {key: float(value) for key, value in tested.items()}
-    if folder is not None:
+    classifies = datamodule.splits["test"].targets is None
+    if folder is not None and classifies:
         recall = lowest_recall(Predictions.joined(collect.parts), datamodule.classes)
         folder.update(recall=recall)
-    tensorboard.log_end(loggers, module.task.monitor, datamodule, [collect], results)
+    pictured = [collect] if classifies else []
+    tensorboard.log_end(loggers, module.task.monitor, datamodule, pictured, results)
     return {module.task.monitor: results[-1].best_score, **tested}, module

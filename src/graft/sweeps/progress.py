@@ -47,7 +47,8 @@ class Progress:
         status = record["status"]
         self.ended[status] += 1
         self.last = time.monotonic()
-        shown = dict.fromkeys([objective(record["config"])[0], "test/acc"])
+        monitor, _ = objective(record["config"])
+        shown = (monitor, monitor.replace("val/", "test/"))
         what = [
             f"{name} {measured(name, record['metrics'][name])}"
             for name in shown

@@ -72,8 +72,15 @@ class Task(nn.Module, ABC):
         self.monitor, self.mode = monitor, mode
         self.own_metrics = nn.ModuleDict(dict(metrics or {}))
 
+    def build(self, num_outputs: int) -> None:
+        """Make what depends on the number of outputs, before weights are loaded."""
+
     def prepare(self, labels: NDArray[Any], classes: Sequence[str]) -> None:
-        """Look at the training labels, once before training."""
+        """Look at the training labels (N,) or targets (N, T), once before training.
+
+        Raises:
+            ValueError: the task can't learn them.
+        """
 
     def start_stage(self, label_smoothing: float | None) -> None:
         """Called before each stage, with what it sets of the task's options.
@@ -96,12 +103,38 @@ class Task(nn.Module, ABC):
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Metrics by name ("loss", "acc"), of the sums over all examples; each (), or (K,)."""
 
+    def scores(self, outputs: Tensor, target: Tensor) -> dict[str, float]:
+        """The metrics of outputs that are there already."""
+        tally = Tally()
+        self.evaluate(_Known(outputs), {"target": target}, tally)
+        return {name: float(value) for name, value in self.metrics(tally.take()).items()}
+
     def own_values(self) -> dict[str, Tensor]:
-        """What the metrics of torchmetrics come to over all ranks; they start anew."""
-        values = {name: metric.compute() for name, metric in self.own_metrics.items()}  # type: ignore[operator]
+        """What the metrics of torchmetrics come to over all ranks; they start anew. Of one that
+        gives a number for each class or column, their mean.
+        """
+        values = {
+            name: metric.compute().float().mean()  # type: ignore[operator]
+            for name, metric in self.own_metrics.items()
+        }
         for metric in self.own_metrics.values():
             metric.reset()  # type: ignore[operator]
         return values
 
     def better(self, score: float, best: float | None) -> bool:
         return best is None or (score > best if self.mode == "max" else score < best)
+
+
+class _Known:
+    """A model whose outputs are there already."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        self._outputs = outputs
+
+    def outputs(self, batch: Batch) -> Tensor:
+        return self._outputs
+
+
+def as_wide(target: Tensor, outputs: Tensor) -> Tensor:
+    """Targets (N, T) beside outputs (N, T), or (N, K, T) of K heads."""
+    return (target[:, None] if outputs.ndim == 3 else target).expand_as(outputs)

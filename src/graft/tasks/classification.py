@@ -57,6 +57,11 @@ class Classification(Task):
         self.register_buffer("weights", None, persistent=False)
 
     def prepare(self, labels: NDArray[np.int64], classes: Sequence[str]) -> None:
+        if labels.ndim != 1:
+            raise ValueError(
+                "task=classification needs one class for each image; this data has columns: use "
+                "task=multilabel or task=regression"
+            )
         if self.class_weights is None:
             return
         counts = np.bincount(labels, minlength=len(classes))

@@ -66,7 +66,9 @@ def build(
     head = seeded_head(
         bind_head(config), (backbone.num_features, datamodule.num_classes), head_seed(config)
     )
-    return TransferModule(backbone, head, make(config["task"])), datamodule
+    task = make(config["task"])
+    task.build(datamodule.num_classes)
+    return TransferModule(backbone, head, task), datamodule
 
 
 def processes(trainer: dict[str, Any]) -> int:

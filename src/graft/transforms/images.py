@@ -104,7 +104,7 @@ class Augment:
             return {**batch, "image": images}
         images, target = mix(
             images,
-            batch["label"],
+            batch.get("target", batch["label"]),
             index,
             num_classes,
             mixup=self.mixup,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graft.transforms.boxes import inside
@@ -20,12 +21,13 @@ def mix(
     seed: int,
     epoch: int,
 ) -> tuple[Tensor, Tensor]:
-    """Mixed images, and targets (N, num_classes) that sum to 1.
+    """Mixed images, and their targets (N, num_classes).
 
     What is drawn belongs to (seed, epoch, index); whom an image meets is another of the same
     batch, so that does depend on the batch (and, with several ranks, on the rank's own share).
 
     Args:
+        labels: (N,) classes, or (N, num_classes) targets of any kind.
         images: (N, 3, H, W) floats. Each keeps its own label's weight and takes the rest from one
             other image.
         mixup, cutmix: alpha of the weight's Beta(alpha, alpha); 0 is off. Where both are on, each
@@ -48,10 +50,8 @@ def mix(
         blend = torch.where(cut, 1.0, beta(mixup, u[:, 2]))  # 1 leaves a cut image as it is
         images = others.lerp_(images, blend[:, None, None, None])
         weight = torch.where(cut, weight, blend)
-    target = torch.zeros(n, num_classes, device=images.device)
-    target.scatter_add_(1, labels[:, None], weight[:, None])
-    target.scatter_add_(1, labels[partner][:, None], 1 - weight[:, None])
-    return images, target
+    whole = labels if labels.ndim == 2 else F.one_hot(labels, num_classes).float()
+    return images, weight[:, None] * whole + (1 - weight[:, None]) * whole[partner]
 
 
 def _clipped(side: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:

@@ -37,6 +37,8 @@ class Split:
     labels: NDArray[np.int64]  # (N,)
     names: NDArray[np.bytes_] | None = None  # (N,) paths below the root; None: positions
     digests: NDArray[np.uint64] | None = None  # (N,) `content_digest` of each; None: of its pixels
+    # (N, T), where an image has several labels, or numbers: labels are 0 then, `classes` T names.
+    targets: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,19 @@ def save_items(
     labels: Sequence[int],
     digests: Sequence[int],
     names: Sequence[bytes] | None = None,
+    targets: NDArray[np.float32] | None = None,
 ) -> None:
     """Write what a `Split` has beside its images."""
-    arrays = {"labels": np.array(labels, np.int64), "digests": np.array(digests, np.uint64)}
+    arrays: dict[str, NDArray[Any]] = {
+        "labels": np.array(labels, np.int64),
+        "digests": np.array(digests, np.uint64),
+    }
     if names is not None:
         arrays["names"] = np.array(names, np.bytes_)
+    if targets is not None:
+        arrays["targets"] = targets
     for name, values in arrays.items():
-        with NpyWriter(folder / f"{split}-{name}.npy", (), values.dtype) as file:
+        with NpyWriter(folder / f"{split}-{name}.npy", values.shape[1:], values.dtype) as file:
             file.append(values)
 
 
@@ -151,7 +159,8 @@ def open_entry(entry: Path) -> Splits:
             return None
         images = np.load(entry / f"{name}-images.npy", mmap_mode="r")
         labels = np.load(entry / f"{name}-labels.npy")
-        return Split(images, labels, array(f"{name}-names.npy"), array(f"{name}-digests.npy"))
+        more = (array(f"{name}-{what}.npy") for what in ("names", "digests", "targets"))
+        return Split(images, labels, *more)
 
     train = split("train")
     if train is None:

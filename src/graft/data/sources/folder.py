@@ -243,12 +243,8 @@ class ImageFolder(Source):
                         if time.monotonic() - told > 5:
                             told = time.monotonic()
                             log.info("%s: decoded %d of %d images", self._shown(), done, total)
-                save_items(folder, split, labels, digests, names)
-                kept = Counter(labels)
-                for label, count in Counter(label for _, label in images).items():
-                    if kept[label] < count - kept[label]:
-                        place = f"{listing.folders[split]}/{listing.classes[label]}"
-                        lost.append((place, count - kept[label], count))
+                self._save(folder, split, labels, digests, names)
+                lost += self._lost(listing, split, labels)
             seal(
                 folder,
                 listing.classes,
@@ -260,6 +256,20 @@ class ImageFolder(Source):
                 transparent=seen["transparent"],
                 value_range=reading.value_range,
             )
+
+    def _save(
+        self, folder: Path, split: str, labels: list[int], digests: list[int], names: list[bytes]
+    ) -> None:
+        save_items(folder, split, labels, digests, names)
+
+    def _lost(self, listing: Listing, split: str, kept: list[int]) -> list[tuple[str, int, int]]:
+        """(folder, unreadable, all) of each class that has lost most of its images."""
+        left, lost = Counter(kept), []
+        for label, count in Counter(label for _, label in listing.images[split]).items():
+            if left[label] < count - left[label]:
+                place = f"{listing.folders[split]}/{listing.classes[label]}"
+                lost.append((place, count - left[label], count))
+        return lost
 
 
 class EvalFolder(ImageFolder):
