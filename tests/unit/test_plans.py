@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from graft.models.heads import LinearHead
+from graft.config.conflicts import without_effect
 from graft.models.resnet_cifar import resnet_cifar
 from graft.plan.lora import LoRA, LowRank, add_adapters, merge_adapters
 from graft.tasks.classification import Classification
@@ -173,6 +174,40 @@ def test_stages_have_their_own_optimizer_schedule_and_smoothing() -> None:
     assert task.smoothing == 0.2
     module.start_stage(finetune)
     assert task.smoothing == 0.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rates"),
+    [
+        (["transfer=surgical"], {"finetune": (0.05, 5e-4)}),
+        (["transfer=surgical", f"+optimizer@{STAGE}.optimizer=adamw"], {"finetune": (1e-3, 0.05)}),
+        (["transfer=surgical", f"+optimizer@{STAGE}.optimizer=adamw", f"{STAGE}.weight_decay=0"],
+         {"finetune": (1e-3, 0)}),
+        ([f"{STAGE}.optimizer={{momentum: 0.5, lr: 0.3}}"], {"finetune": (0.3, 5e-4)}),
+        ([f"{STAGE}.optimizer={{_target_: torch.optim.Adam}}"], {"finetune": (0.05, 5e-4)}),
+        ([f"{STAGE}.optimizer={{lr: 0.3}}", f"{STAGE}.lr=0.2"], {"finetune": (0.2, 5e-4)}),
+        (["transfer=lp_ft"], {"probe": (1e-3, 0.01), "finetune": (0.05, 5e-4)}),
+        (["transfer=lp_ft", "transfer.stages.probe.optimizer.lr=3e-4"],
+         {"probe": (3e-4, 0.01), "finetune": (0.05, 5e-4)}),
+        (["transfer=lp_ft", "transfer.stages.probe.lr=3e-4", "optimizer.lr=0.1"],
+         {"probe": (3e-4, 0.01), "finetune": (0.1, 5e-4)}),
+    ],
+)  # fmt: skip
+def test_a_rate_is_the_stages_or_its_optimizers_or_the_runs(
+    overrides: list[str], rates: dict[str, tuple[float, float]]
+) -> None:
+    stages = build_stages(compose(*overrides))
+    assert {stage.name: (stage.lr, stage.weight_decay) for stage in stages} == rates
+
+
+def test_a_rate_that_the_stage_sets_itself_cannot_be_set_in_its_optimizer() -> None:
+    """Then the stage's would be taken without a word."""
+    both = [f"{STAGE}.lr=0.2", f"{STAGE}.optimizer={{lr: 0.3}}", f"{STAGE}.optimizer.lr=0.1"]
+    problem = without_effect(compose(*both), both)
+    assert problem is not None
+    assert problem.startswith(both[2])
+    alone = [f"+{STAGE}.optimizer.lr=0.1"]
+    assert without_effect(compose(*alone), alone) is None
 
 
 def test_stages_have_their_own_image_size_and_augmentation() -> None:

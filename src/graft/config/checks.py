@@ -97,8 +97,8 @@ WARMUP: Check = (
 # What a stage of a plan can set, and nothing else.
 STAGE: dict[str, Check] = {
     "epochs": POSITIVE_INT,
-    "lr": POSITIVE,
-    "weight_decay": NOT_NEGATIVE,
+    "lr": _or_null(POSITIVE),
+    "weight_decay": _or_null(NOT_NEGATIVE),
     "optimizer": _or_null(MAPPING),
     "scheduler": _or_null(OBJECT),
     "trainable": _either(

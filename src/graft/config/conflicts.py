@@ -41,7 +41,8 @@ def conflict(plain: dict[str, Any]) -> str | None:
 
 def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | None:
     """The first override of a single run that nothing acts on. (Of a sweep, another job may.)"""
-    stages = plain["transfer"]["stages"].values()
+    named = plain["transfer"]["stages"]
+    stages = named.values()
     augments = any(
         stage.get("augment", True) is not False or isinstance(stage.get("views"), int)
         for stage in stages
@@ -52,10 +53,16 @@ def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | Non
         if key.startswith("data.augment.") and not augments:
             return (
                 f"{override}: no stage of this plan augments its images: set "
-                f"transfer.stages.{next(iter(plain['transfer']['stages']))}.augment=true"
+                f"transfer.stages.{next(iter(named))}.augment=true"
             )
         if key.startswith(("optimizer.lr", "scheduler.")) and solved:
             return f"{override}: this plan solves for its head, without steps"
+        match key.split("."):
+            case ["transfer", "stages", name, "optimizer", option] if (
+                named.get(name, {}).get(option) is not None
+            ):
+                own = f"transfer.stages.{name}.{option}"
+                return f"{override}: {own} is set too and comes first: change that one"
     return None
 
 

@@ -156,20 +156,20 @@ def head_seed(config: dict[str, Any]) -> int:
 
 
 def build_stages(config: dict[str, Any]) -> list[Stage]:
-    """The plan's stages in order; what a stage leaves null comes from the optimizer's config."""
+    """The plan's stages in order.
+
+    `lr` and `weight_decay` are the stage's, or else its own optimizer's, or else the run's.
+    """
     lists = config["head"].get("grid")
     stages: list[Stage] = []
     for name, values in config["transfer"]["stages"].items():
         values = dict(values)
-        optimizer = dict(config["optimizer"])
         own = values.pop("optimizer", None) or {}
-        if "_target_" in own:  # another optimizer takes other arguments
-            optimizer = {"lr": optimizer["lr"], "weight_decay": optimizer["weight_decay"]}
-        optimizer |= own
+        # Another optimizer takes other arguments.
+        optimizer = dict(own) if "_target_" in own else {**config["optimizer"], **own}
         for key in ("lr", "weight_decay"):
-            if values.get(key) is None:
-                values[key] = optimizer[key]
-            optimizer.pop(key, None)
+            choices = (values.get(key), optimizer.pop(key, None), config["optimizer"][key])
+            values[key] = next(value for value in choices if value is not None)
         schedule = values.pop("scheduler", None) or config["scheduler"]
         if lists is not None and not stages:  # the winner is the head of the stages that follow
             given = {"lr": values["lr"], "weight_decay": values["weight_decay"]}
