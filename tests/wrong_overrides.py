@@ -41,9 +41,9 @@ WRONG: dict[type, list[str]] = {
     type(None): ["true", "{zz:1}"],
 }
 DELETED = ["seed", "data.source", "backbone._target_", "optimizer.lr", "trainer.precision"]
-# What a group of keys may take besides: a plan's stage may set some of the optimizer's arguments,
-# which the optimizer itself checks.
-RIGHT = "transfer.stages.STAGE.optimizer={zz:1}"
+# What a group of keys may take besides: a plan's stage may set some arguments of the optimizer and
+# the scheduler, which these check themselves.
+RIGHT = [f"transfer.stages.STAGE.{part}={{zz:1}}" for part in ("optimizer", "scheduler")]
 
 
 def wrong_overrides(config: Any) -> Iterator[str]:
@@ -62,7 +62,7 @@ def main() -> None:
             config = composer.compose(base)
             del config.hydra
             for override in wrong_overrides(OmegaConf.to_container(config, resolve=True)):
-                if override in said or re.sub(r"(stages)\.\w+", r"\1.STAGE", override) == RIGHT:
+                if override in said or re.sub(r"(stages)\.\w+", r"\1.STAGE", override) in RIGHT:
                     continue
                 sys.argv[1:] = [*base, override]
                 try:

@@ -14,6 +14,7 @@ from graft.models.resnet_cifar import resnet_cifar
 from graft.plan.lora import LoRA, LowRank, add_adapters, merge_adapters
 from graft.tasks.classification import Classification
 from graft.training.build import build, build_stages
+from graft.training.build import build, build_stages, check_optimizers
 from graft.training.ema import EMA
 from graft.training.module import TransferModule
 from tests.conftest import TINY, Train, compose, same
@@ -198,6 +199,17 @@ def test_a_rate_is_the_stages_or_its_optimizers_or_the_runs(
 ) -> None:
     stages = build_stages(compose(*overrides))
     assert {stage.name: (stage.lr, stage.weight_decay) for stage in stages} == rates
+
+
+def test_a_stage_may_change_a_part_of_the_runs_scheduler() -> None:
+    config = compose(f"{STAGE}.scheduler={{warmup: 0.1}}")  # of one_cycle
+    (stage,) = build_stages(config)
+    check_optimizers([stage])
+    assert [stage.schedule(step, 100) for step in (0, 10)] == pytest.approx([0.04, 1.0])
+    with pytest.raises(ValueError, match=r"finetune\.scheduler\.warmup=-1: must be a part"):
+        compose(f"{STAGE}.scheduler={{warmup: -1}}")
+    with pytest.raises(ValueError, match=r"scheduler of transfer\.stages\.finetune: .*'warm'"):
+        check_optimizers(build_stages(compose(f"{STAGE}.scheduler={{warm: 1}}")))
 
 
 def test_a_rate_that_the_stage_sets_itself_cannot_be_set_in_its_optimizer() -> None:

@@ -100,7 +100,7 @@ STAGE: dict[str, Check] = {
     "lr": _or_null(POSITIVE),
     "weight_decay": _or_null(NOT_NEGATIVE),
     "optimizer": _or_null(MAPPING),
-    "scheduler": _or_null(OBJECT),
+    "scheduler": _or_null(MAPPING),
     "trainable": _either(
         "head, all, a number of top blocks, or a list of blocks, norms, biases and patterns",
         TEXT,
@@ -404,10 +404,11 @@ def wrong_value(plain: dict[str, Any]) -> str | None:
 
 
 def _target(name: str, node: dict[str, Any], plain: dict[str, Any]) -> Any:
-    """The class that takes the arguments: a stage may set some of the run's own optimizer."""
-    if name == "transfer.stages.*.optimizer" and "_target_" not in node:
-        optimizer = plain.get("optimizer")
-        return optimizer.get("_target_") if isinstance(optimizer, dict) else None
+    """What takes the arguments: a stage may set some of the run's own optimizer or scheduler."""
+    place, _, part = name.rpartition(".")
+    if place == "transfer.stages.*" and part in ("optimizer", "scheduler"):
+        run = plain.get(part)
+        node = {**(run if isinstance(run, dict) else {}), **node}
     return node.get("_target_")
 
 

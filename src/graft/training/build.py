@@ -164,13 +164,11 @@ def build_stages(config: dict[str, Any]) -> list[Stage]:
     stages: list[Stage] = []
     for name, values in config["transfer"]["stages"].items():
         values = dict(values)
-        own = values.pop("optimizer", None) or {}
-        # Another optimizer takes other arguments.
-        optimizer = dict(own) if "_target_" in own else {**config["optimizer"], **own}
+        optimizer = _own_or_run(values.pop("optimizer", None), config["optimizer"])
+        schedule = _own_or_run(values.pop("scheduler", None), config["scheduler"])
         for key in ("lr", "weight_decay"):
             choices = (values.get(key), optimizer.pop(key, None), config["optimizer"][key])
             values[key] = next(value for value in choices if value is not None)
-        schedule = values.pop("scheduler", None) or config["scheduler"]
         if lists is not None and not stages:  # the winner is the head of the stages that follow
             given = {"lr": values["lr"], "weight_decay": values["weight_decay"]}
             given["seed"] = head_seed(config)
@@ -193,12 +191,21 @@ def build_stages(config: dict[str, Any]) -> list[Stage]:
     return stages
 
 
+def _own_or_run(own: dict[str, Any] | None, run: dict[str, Any]) -> dict[str, Any]:
+    """A stage's own optimizer or scheduler; without a `_target_`, the run's with these changes."""
+    own = own or {}
+    return dict(own) if "_target_" in own else {**run, **own}  # others take other arguments
+
+
 def check_optimizers(stages: Sequence[Stage]) -> None:
-    """Raises a ValueError for values that an optimizer refuses, before data is read."""
+    """Raises a ValueError for what an optimizer or schedule refuses, before data is read."""
     for stage in stages:
         if stage.solver != "sgd" or stage.grid is not None:  # these call none
             continue
         try:
+            part = "optimizer"
             stage.optimizer([torch.nn.Parameter(torch.zeros(1))], lr=stage.lr)
+            part = "scheduler"
+            stage.schedule(0, 1)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"optimizer of transfer.stages.{stage.name}: {error}") from error
+            raise ValueError(f"{part} of transfer.stages.{stage.name}: {error}") from error
