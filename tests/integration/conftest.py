@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.conftest import TINY, Graft, equal, same
 
@@ -44,8 +45,15 @@ RUNS: dict[str, list[str]] = {
     ],
     "bf16-mixed": [*MLP, *CLIPPED, "trainer.precision=bf16-mixed"],
     "16-mixed": [*MLP, *CLIPPED, "trainer.precision=16-mixed"],
+    "own checkpoints": [
+        *MLP, f"+callbacks.mine={{_target_: {__name__}.OwnCheckpoint, every_n_train_steps: 2}}",
+    ],
     "early stopping": [*MLP, "callbacks=early_stopping", "callbacks.early_stopping.patience=1"],
 }  # fmt: skip
+
+
+class OwnCheckpoint(ModelCheckpoint):
+    """As a user may have one; here its first file comes before our own best.ckpt."""
 
 
 class Crash(Exception):

@@ -155,6 +155,16 @@ def test_lightnings_callbacks_that_have_no_place_are_refused_by_name(name: str) 
         compose(f"+callbacks.mine._target_=lightning.pytorch.callbacks.{name}")
 
 
+class KeepOnException(callbacks.OnExceptionCheckpoint):
+    """Of a user's own."""
+
+
+def test_a_kind_of_on_exception_checkpoint_is_refused(graft: Graft) -> None:
+    """Lightning would start each stage from its file, if there is one."""
+    config = f"+callbacks.mine={{_target_: {__name__}.KeepOnException, dirpath: .}}"
+    assert error(graft, *TINY, config).startswith("callbacks.mine: a kind of OnExceptionCheckpoint")
+
+
 def test_suggested_keys_are_those_of_the_plan_that_was_chosen(graft: Graft) -> None:
     wrong = error(graft, "transfer=linear_probe", "transfer.stages.finetune.epochs=2")
     assert "did you mean transfer.stages.probe.epochs" in wrong

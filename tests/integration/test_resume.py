@@ -59,7 +59,7 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(
     assert_equal(folder, whole)
 
 
-QUICK = ("fine-tuning", "lora")
+QUICK = ("fine-tuning", "lora", "own checkpoints")
 KINDS = [pytest.param(k, marks=[] if k in QUICK else [pytest.mark.slow]) for k in RUNS]
 
 

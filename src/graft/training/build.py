@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from graft.config.checks import nodes
+from graft.config.conflicts import REFUSED_CALLBACKS
 from graft.config.objects import bind, find, make
 from graft.config.renamed import current_name
 from graft.data.datamodule import TransferDataModule
@@ -102,6 +104,12 @@ def check_arguments(config: dict[str, Any]) -> None:
             found = find(name)
         except ValueError as error:
             raise ValueError(f"{key}._target_={name}: {_import_problem(name)}") from error
+        if isinstance(found, type) and issubclass(found, OnExceptionCheckpoint):
+            # With one, Lightning starts each stage from whatever file it has left.
+            raise ValueError(
+                f"{key}: a kind of OnExceptionCheckpoint, which is not used here: "
+                f"{REFUSED_CALLBACKS['OnExceptionCheckpoint']}"
+            )
         try:
             parameters = inspect.signature(found).parameters
         except ValueError:  # written in C: it does not say what it takes
