@@ -21,10 +21,12 @@ from torchvision.ops import StochasticDepth
 
 from graft.config.objects import make
 from graft.models.backbone import Backbone
+from graft.models.heads import LinearHead
 from graft.models.resnet_cifar import EMBEDDED, resnet_cifar
 from graft.models.timm import timm_backbone
 from graft.models.torchvision import FAMILIES, torchvision_backbone
 from graft.plan.freeze import set_modes
+from graft.plan.param_groups import describe_groups, param_groups
 from tests.conftest import compose
 
 FAMILY_MODULES = (
@@ -365,6 +367,23 @@ def test_timm_blocks_follow_the_order_of_its_group_matcher(name: str) -> None:
         sizes[groups[key]] += parameter.numel()
     blocks = timm_backbone(model=name, weights=None).blocks
     assert [n for b in blocks if (n := sum(p.numel() for p in b.parameters()))] == sizes
+
+
+def test_a_block_is_never_named_as_another_part_of_a_run() -> None:
+    """The norm that ends timm's ConvNeXt is its `head`: `trainable=[head]` was ambiguous."""
+    backbone = timm_backbone(model="convnext_atto", weights=None)
+    stages = [f"stages_{i}" for i in range(4)]
+    assert backbone.block_names == ["stem", *stages, "head_layers"]
+    head = LinearHead(backbone.num_features, 3)
+    groups = param_groups(backbone, head, lr=0.1, weight_decay=0.1, layer_decay=0.5)
+    norm = {id(p) for p in backbone.blocks.get_submodule("head_layers").parameters()}
+    (found,) = (g for g in groups if g["name"] == "head_layers/norm_bias")
+    assert {id(p) for p in found["params"]} == norm
+    rows = {row["group"] for row in describe_groups(groups, backbone, head)}
+    assert {"head_layers/norm_bias", "head", "head/norm_bias"} <= rows
+    blocks = {"stem": nn.Conv2d(3, 4, 3), "head": nn.Flatten()}
+    with pytest.raises(ValueError, match="no block can be named head"):
+        Backbone(blocks, backbone.preprocessing)
 
 
 def test_timm_taps_pool_over_positions_where_channels_come_last() -> None:

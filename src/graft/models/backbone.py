@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from graft.transforms.preprocessing import Preprocessing
 
+RESERVED_NAMES = ("backbone", "head", "task", "all", "norms", "biases")
+"""What a block can't be called: `trainable` and the table of groups mean something else by them."""
+
 
 def pool_nchw(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C); anything already flat passes through."""
@@ -46,7 +49,8 @@ class Backbone(nn.Module):
     """Blocks in order, input to output; `forward` is their composition.
 
     Args:
-        blocks: name -> module. The last one ends in pooled features (N, F).
+        blocks: name -> module; no name is among `RESERVED_NAMES`. The last one ends in pooled
+            features (N, F).
         preprocessing: what the images must look like.
         taps: names of blocks whose pooled outputs are concatenated into the features, or "all"
             that hold parameters (a bare pooling would repeat the block before it); None takes the
@@ -80,6 +84,8 @@ class Backbone(nn.Module):
         weights: str = "",
     ) -> None:
         super().__init__()
+        if taken := [name for name in blocks if name in RESERVED_NAMES]:
+            raise ValueError(f"no block can be named {taken[0]}: in a plan that is something else")
         self.blocks = nn.Sequential()
         for name, block in blocks.items():
             self.blocks.add_module(name, block)

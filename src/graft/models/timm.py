@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.overrides import is_weights_path
-from graft.models.backbone import Backbone, FixedSize, pool_nchw, pool_nhwc, pool_tokens
+from graft.models.backbone import (
+    RESERVED_NAMES,
+    Backbone,
+    FixedSize,
+    pool_nchw,
+    pool_nhwc,
+    pool_tokens,
+)
 from graft.models.weights import WeightsFile, describe_origin, load_file_into
 from graft.transforms.preprocessing import CropMode, Interpolation, Preprocessing
 
@@ -82,6 +89,7 @@ def _convnet(model: Any) -> Blocks:
             f"{parent}.{key}" for key, _ in getattr(model, parent, nn.Module()).named_children()
         }
         name = parent if layers.keys() == whole else first.replace(".", "_")
+        name = f"{name}_layers" if name in RESERVED_NAMES else name  # ConvNeXt's head is a norm
         named[name if named else "stem"] = nn.Sequential(*layers.values())
     return named
 
