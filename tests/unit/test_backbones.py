@@ -181,6 +181,17 @@ def test_stochastic_depth_is_a_key_where_the_backbone_has_it() -> None:
     assert (frozen, layers[-1].training) == (0, True)
 
 
+def test_a_forward_makes_no_new_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a slice of blocks would in every step."""
+    backbone = resnet_cifar(depth=8, weights=None).eval()
+    stored = backbone.blocks[:2](torch.randn(2, 3, 32, 32))
+    expected = backbone.blocks[2:](stored)
+    made: list[nn.Module] = []
+    monkeypatch.setattr(nn.Sequential, "__init__", lambda self, *layers: made.append(self))
+    assert torch.equal(backbone.forward_from(2, stored), expected)
+    assert not made
+
+
 def test_taps_are_the_pooled_outputs_of_blocks_in_order() -> None:
     plain = torchvision_backbone(model="squeezenet1_1").eval()
     tapped = torchvision_backbone(model="squeezenet1_1", taps=["fire8", "fire1"]).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ class Backbone(nn.Module):
         if start >= len(self.blocks):
             return x
         if self.taps is None:
-            for block in self.blocks[start:]:
+            for block in islice(self.blocks, start, None):  # a slice would be a new module
                 x = block(x)
             return x
         if start > 0:
