@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from graft.reporting import report
 from graft.runs.startup import is_first_process
+from graft.training.build import processes
 from graft.training.trainer import trainer_options
 from tests.conftest import Train, compose
 
@@ -44,6 +46,28 @@ def test_several_devices_are_ddp_as_we_set_it_up(
     """Lightning's own choice would broadcast buffers in evaluation too, where ranks may hang."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # where two nodes meet
     assert trainer_options(compose("trainer=cpu", override)["trainer"])["strategy"] == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("devices", "gpus", "strategy", "count"),
+    [
+        ("1", 2, "auto", 1), ("[1]", 2, "auto", 1), ("auto", 1, "auto", 1),
+        ("[0,1]", 2, "ddp", 2), ("2", 2, "ddp", 2), ("auto", 2, "ddp", 2), ("-1", 2, "ddp", 2),
+    ],
+)  # fmt: skip
+def test_one_device_is_one_process_however_it_is_named(
+    devices: str, gpus: int, strategy: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = compose(f"trainer.devices={devices}", "trainer.precision=32-true")["trainer"]
+    assert trainer_options(config)["strategy"] == strategy
+    assert processes(config) == count
+
+
+def test_a_list_of_devices_is_of_gpus() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.devices=\[1\]: a list names GPUs"):
+        trainer_options(compose("trainer=cpu", "trainer.devices=[1]")["trainer"])
 
 
 @pytest.mark.parametrize(

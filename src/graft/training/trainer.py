@@ -19,6 +19,7 @@ from graft.models.backbone import Backbone
 from graft.plan.stage import Stage
 from graft.reporting.report import EpochLines, say
 from graft.reporting.tensorboard import Inputs
+from graft.training.build import processes
 from graft.training.checkpoint import AtomicCheckpointIO
 from graft.training.lean import make_lean
 from graft.training.sharded import ShardedStrategy
@@ -48,20 +49,25 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
         options["accelerator"] = "gpu" if torch.cuda.is_available() else "cpu"
     if options["accelerator"] == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer: no GPU found by torch; use trainer=cpu or trainer=auto")
-    if options["strategy"] == "auto" and (options["devices"] != 1 or options["num_nodes"] != 1):
+    on_cpu = options["accelerator"] == "cpu"
+    if on_cpu and isinstance(options["devices"], list):
+        raise ValueError(
+            f"trainer.devices={options['devices']}: a list names GPUs, and this run is on the CPU: "
+            "say how many processes"
+        )
+    if options["strategy"] == "auto" and processes(options) > 1:
         options["strategy"] = "ddp"  # ours: see make_trainer
     if options["strategy"] == "auto" and (count := started_processes()) > 1:
         raise ValueError(
-            f"{count} processes were started for trainer.devices=1, and none would know of the "
-            "others: set trainer=ddp (or ddp_cpu), trainer.devices to the processes of a node and "
-            "trainer.num_nodes"
+            f"{count} processes were started for trainer.devices={options['devices']}, and none "
+            "would know of the others: set trainer=ddp (or ddp_cpu), trainer.devices "
+            "to the processes of a node and trainer.num_nodes"
         )
     if options["num_nodes"] > 1 and started_processes() == 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(
             f"trainer.num_nodes={options['num_nodes']}: nothing says where the nodes meet; start "
             "the run on each with torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
         )
-    on_cpu = options["accelerator"] == "cpu"
     if on_cpu and options["sync_batchnorm"]:
         raise ValueError(
             "trainer.sync_batchnorm=true needs GPUs: torch's SyncBatchNorm trains on nothing else"
