@@ -397,6 +397,43 @@ def test_a_block_is_never_named_as_another_part_of_a_run() -> None:
         Backbone(blocks, backbone.preprocessing)
 
 
+SPARED = {  # by the last part of their names
+    "vit_b_16": {"class_token", "pos_embedding"},
+    "swin_t": {"relative_position_bias_table"},
+    "swin_v2_t": {"logit_scale", "weight"},  # of cpb_mlp, which makes the table
+    "convnext_tiny": {"layer_scale"},
+    "resnet18": set(),
+}
+SPARED_BY_TIMM = {
+    "test_vit": {"cls_token", "pos_embed"},
+    "swin_tiny_patch4_window7_224": {"relative_position_bias_table"},
+    "xcit_nano_12_p16_224": {"cls_token", "weight"},  # of pos_embed
+    "convnext_atto": set(),  # its layer scale has one dimension
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "spared"),
+    [
+        *((torchvision_backbone, name, spared) for name, spared in SPARED.items()),
+        *((timm_backbone, name, spared) for name, spared in SPARED_BY_TIMM.items()),
+    ],
+)
+def test_no_weight_decay_on_what_a_models_recipe_spares(
+    build: Any, name: str, spared: set[str]
+) -> None:
+    backbone = build(model=name, weights=None)
+    head = LinearHead(backbone.num_features, 3)
+    for layer_decay in (1.0, 0.5):
+        groups = param_groups(backbone, head, lr=0.1, weight_decay=0.1, layer_decay=layer_decay)
+        still = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+        named = {n: p for n, p in backbone.blocks.named_parameters() if id(p) in still}
+        assert {n.rpartition(".")[2] for n, p in named.items() if p.ndim > 1} == spared
+        assert {id(p) for p in backbone.parameters() if p.ndim == 1} <= still
+    groups = param_groups(backbone, head, lr=0.1, weight_decay=0.1, decay_norm_and_bias=True)
+    assert {g["weight_decay"] for g in groups} == {0.1}
+
+
 def test_timm_taps_pool_over_positions_where_channels_come_last() -> None:
     backbone = timm_backbone(model="swin_tiny_patch4_window7_224", weights=None, taps="all")
     # stem, four stages, the norm after them

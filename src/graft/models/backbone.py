@@ -62,8 +62,11 @@ class Backbone(nn.Module):
         probe_size: side in px of the blank image that measures `num_features`.
         description: architecture and weights, for the start-up summary.
         weights: where they come from; "" for random ones.
+        no_weight_decay: parameters that weight decay spares as it does norms and biases: position
+            embeddings, class tokens, ...
 
     Attributes:
+        no_weight_decay: their names within `blocks`.
         taken: what was taken of a weights file, in a line.
         unused: names of the blocks above the highest tap.
         mirror: in eval mode, features are the mean over an image and its mirror image, at twice
@@ -83,6 +86,7 @@ class Backbone(nn.Module):
         probe_size: int | None = None,
         description: str = "",
         weights: str = "",
+        no_weight_decay: Sequence[nn.Parameter] = (),
     ) -> None:
         super().__init__()
         if taken := [name for name in blocks if name in RESERVED_NAMES]:
@@ -101,6 +105,9 @@ class Backbone(nn.Module):
         highest = self.block_names.index(self.taps[-1]) if self.taps else len(self.blocks) - 1
         self.unused = self.block_names[highest + 1 :]
         self.blocks = self.blocks[: highest + 1]
+        spared = {id(parameter) for parameter in no_weight_decay}
+        named = self.blocks.named_parameters()
+        self.no_weight_decay = {name for name, parameter in named if id(parameter) in spared}
         self.num_features = self._measure_features(probe_size or preprocessing.crop_size)
 
     @property

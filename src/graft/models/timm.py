@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 import torch
@@ -228,6 +229,7 @@ def timm_backbone(
         probe_size=size,
         description=f"timm {name}, {f'weights {used}' if used else 'random weights'}",
         weights=f"timm {name} {used}" if published else str(weights or ""),
+        no_weight_decay=_no_weight_decay(built),
     )
     if file is not None:
         classifier = built.pretrained_cfg.get("classifier") or ()
@@ -235,6 +237,13 @@ def timm_backbone(
         layouts = [(built, tuple(f"{n}." for n in names)), (backbone, backbone.unused_keys)]
         backbone.taken = load_file_into(file, layouts, label=full_name)
     return backbone
+
+
+def _no_weight_decay(model: Any) -> list[nn.Parameter]:
+    """What the model itself names, in patterns."""
+    patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    named = model.named_parameters()
+    return [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _pool(x: Tensor) -> Tensor:

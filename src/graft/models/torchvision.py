@@ -27,6 +27,13 @@ from graft.transforms.preprocessing import Preprocessing
 
 Blocks = dict[str, nn.Module]
 
+# Parts of names, as in the recipes of ViT, ConvNeXt, Swin and Swin V2. (In torchvision's ConvNeXt
+# layer scale has three dimensions.)
+NO_WEIGHT_DECAY = {
+    "class_token", "pos_embedding", "layer_scale", "relative_position_bias_table", "cpb_mlp",
+    "logit_scale",
+}  # fmt: skip
+
 
 def _pool() -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -215,6 +222,9 @@ def torchvision_backbone(
         description=f"{model}, "
         + (f"weights {entry.name if entry else weights}{note}" if weights else "random weights"),
         weights=f"torchvision {model} {entry.name}{note}" if entry else weights or "",
+        no_weight_decay=[
+            p for n, p in original.named_parameters() if NO_WEIGHT_DECAY & {*n.split(".")}
+        ],
     )
     if file is not None:
         # Only the last layer may differ: `classifier` of VGG or MobileNetV3 holds features too.

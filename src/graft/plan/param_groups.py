@@ -29,7 +29,8 @@ def param_groups(
             whole backbone into one rate. It is written into each group's `lr`: torch optimizers
             ignore the `lr_scale` key that some libraries set.
         head_lr_scale: factor on the head's learning rate.
-        decay_norm_and_bias: whether weight decay also acts on one-dimensional parameters.
+        decay_norm_and_bias: whether weight decay also acts on one-dimensional parameters and on
+            `backbone.no_weight_decay`.
 
     Raises:
         ValueError: nothing is trainable.
@@ -44,11 +45,17 @@ def param_groups(
             parts.append((name, backbone.blocks.get_submodule(name), rate))
     parts.append(("head", head, lr * head_lr_scale))
 
+    named = backbone.blocks.named_parameters()  # an adapter has renamed what it sits on
+    spared = {id(p) for name, p in named if name in backbone.no_weight_decay}
+
+    def decays(parameter: nn.Parameter) -> bool:
+        return decay_norm_and_bias or (parameter.ndim > 1 and id(parameter) not in spared)
+
     groups = []
     for name, module, rate in parts:
         trainable = [p for p in module.parameters() if p.requires_grad]
-        plain = [p for p in trainable if p.ndim > 1 or decay_norm_and_bias]
-        bare = [p for p in trainable if not (p.ndim > 1 or decay_norm_and_bias)]
+        plain = [p for p in trainable if decays(p)]
+        bare = [p for p in trainable if not decays(p)]
         decay = weight_decay
         if module is not head and backbone_weight_decay is not None:
             decay = backbone_weight_decay
