@@ -349,9 +349,14 @@ def digests(train: str, test: str = "t") -> dict[str, Any]:
 
 
 def test_what_no_result_depends_on_makes_no_other_experiment(tmp_path: Path) -> None:
-    """Workers, batches of the evaluation, times of checkpoints, tags, and where equal data lies."""
-    add_run(tmp_path, 0.5, data=digests("a"), extra={"data": {"root": "/here"}})
+    """Workers, batches of the evaluation, times of checkpoints, tags, where equal data lies, and
+    the number of a trial of Optuna's.
+    """
+    prune = {"_target_": "graft.sweeps.study.Prune", "pruner": {"_target_": "a.Pruner"}}
+    first = {"data": {"root": "/here"}, "callbacks": {"prune": {**prune, "trial": 3}}}
+    add_run(tmp_path, 0.5, data=digests("a"), extra=first)
     more = {
+        "callbacks": {"prune": {**prune, "trial": 14}},
         "data": {"root": "/there", "num_workers": 4, "eval_batch_size": 7, "pin_memory": True},
         "trainer": {"checkpoint_every_n_steps": 5, "log_every_n_steps": 1},
     }

@@ -23,7 +23,7 @@ IGNORED = (
     "seed", "tags", "paths", "logger", "data.num_workers", "data.pin_memory",
     "data.eval_batch_size", "data.source.cache", "data.source.download",
     "trainer.log_every_n_steps", "trainer.checkpoint_every_n_steps",
-    "trainer.checkpoint_every_n_minutes",
+    "trainer.checkpoint_every_n_minutes", "callbacks.prune.trial",
 )  # fmt: skip
 PLACES = ("data.root", "data.source.root")  # likewise, if it is known what lies there
 FACTS = ("status", "host", "device", "git_commit", "train_images")  # of run.json, to filter by
