@@ -17,6 +17,9 @@ from graft.config.conflicts import REFUSED_CALLBACKS
 from graft.data.datamodule import TransferDataModule
 from tests.conftest import TINY, Graft, compose
 
+STAGE = "transfer.stages.finetune"
+ADAMW = [f"+optimizer@{STAGE}.optimizer=adamw"]  # for a run with SGD
+
 
 def error(graft: Graft, *overrides: str) -> str:
     """The one line that `graft train` ends with."""
@@ -140,6 +143,13 @@ def test_what_a_class_does_not_take_is_said_before_data_is_read(
             "transfer.stages.probe.augment=true",
         ),
         (["transfer=ridge_probe", "optimizer.lr=0.1"], "optimizer.lr=0.1: this plan solves for"),
+        ([*ADAMW, "optimizer.lr=0.1"], "optimizer.lr=0.1: every stage of this plan has its own"),
+        ([*ADAMW, "optimizer.momentum=0.8"], "optimizer.momentum=0.8: every stage"),
+        ([f"{STAGE}.scheduler={{warmup: 0.1}}", "scheduler.warmup=0"], "scheduler.warmup=0: every"),
+        (
+            [*ADAMW, f"{STAGE}.lr=0.2", f"{STAGE}.optimizer.lr=0.1"],
+            f"{STAGE}.optimizer.lr=0.1: {STAGE}.lr is set too and comes first",
+        ),
     ],
 )
 def test_what_nothing_would_act_on_is_refused(

@@ -212,16 +212,6 @@ def test_a_stage_may_change_a_part_of_the_runs_scheduler() -> None:
         check_optimizers(build_stages(compose(f"{STAGE}.scheduler={{warm: 1}}")))
 
 
-def test_a_rate_that_the_stage_sets_itself_cannot_be_set_in_its_optimizer() -> None:
-    """Then the stage's would be taken without a word."""
-    both = [f"{STAGE}.lr=0.2", f"{STAGE}.optimizer={{lr: 0.3}}", f"{STAGE}.optimizer.lr=0.1"]
-    problem = without_effect(compose(*both), both)
-    assert problem is not None
-    assert problem.startswith(both[2])
-    alone = [f"+{STAGE}.optimizer.lr=0.1"]
-    assert without_effect(compose(*alone), alone) is None
-
-
 def test_stages_have_their_own_image_size_and_augmentation() -> None:
     config = compose(
         *TINY, "transfer=lp_ft", "data.image_size=24", "transfer.stages.finetune.image_size=40",

@@ -58,12 +58,24 @@ def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | Non
         if key.startswith(("optimizer.lr", "scheduler.")) and solved:
             return f"{override}: this plan solves for its head, without steps"
         match key.split("."):
+            case ["optimizer" | "scheduler" as part, option, *_] if all(
+                _has_own(stage, part, option) for stage in stages
+            ):
+                return f"{override}: every stage of this plan has its own ({', '.join(named)})"
             case ["transfer", "stages", name, "optimizer", option] if (
                 named.get(name, {}).get(option) is not None
             ):
                 own = f"transfer.stages.{name}.{option}"
                 return f"{override}: {own} is set too and comes first: change that one"
     return None
+
+
+def _has_own(stage: dict[str, Any], part: str, option: str) -> bool:
+    """Whether a stage takes no notice of an option of the run's optimizer or scheduler."""
+    own = stage.get(part) or {}
+    if part == "optimizer" and option in ("lr", "weight_decay"):
+        return stage.get(option) is not None or own.get(option) is not None
+    return option in own or "_target_" in own
 
 
 def _stage_problem(plain: dict[str, Any]) -> str | None:
