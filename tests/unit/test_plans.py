@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from graft.models.heads import LinearHead
-from graft.config.conflicts import without_effect
 from graft.models.resnet_cifar import resnet_cifar
 from graft.plan.lora import LoRA, LowRank, add_adapters, merge_adapters
 from graft.tasks.classification import Classification
-from graft.training.build import build, build_stages
 from graft.training.build import build, build_stages, check_optimizers
 from graft.training.ema import EMA
 from graft.training.module import TransferModule
