@@ -11,12 +11,11 @@ from graft.commands.train import main as train
 from graft.config.overrides import key_of, quoted
 from graft.config.renamed import current_override
 from graft.runs.entry import entry
+from graft.runs.folder import SWEEP
 from graft.runs.open import require_closed
 from graft.runs.resume import resume_run
 from graft.runs.trust import add_trust, require_harmless
 from graft.storage.reading import read_yaml_texts
-from graft.sweeps import sweep as sweeps
-from graft.sweeps.sweep import SWEEP
 
 
 def main() -> None:
@@ -37,6 +36,8 @@ def main() -> None:
 
 def resume_sweep(sweep: Path, overrides: Sequence[str]) -> None:
     """The same command line, with `overrides` in place of earlier ones: what is done stays."""
+    from graft.sweeps import sweep as sweeps
+
     asked = {key_of(override) for override in overrides}
     require_closed(sweep)
     noted = read_yaml_texts(sweep / SWEEP)  # ${...} as it was written

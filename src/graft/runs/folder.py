@@ -28,6 +28,7 @@ from graft.training.signals import slurm_job
 STATUSES = ("queued", "running", "done", "failed", "preempted", "pruned")
 FINAL = ("done", "pruned")
 FORMAT = 3
+SWEEP = "sweep.yaml"  # in a sweep's folder: its command line
 OLDEST = 2  # 1 did not record what resuming and comparing need; see `config.renamed`
 LOCK_SECONDS = 10.0  # workers of a run that was killed hold its lock until they notice
 DIFF_LIMIT = 1_000_000  # bytes of git.diff

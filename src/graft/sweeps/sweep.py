@@ -8,10 +8,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from graft.runs.folder import SWEEP
 from graft.storage.disk import create_exclusively, write_atomically
-
-SWEEP = "sweep.yaml"
-
 
 read_from: Path | None = None  # the file that this process has the sweep's overrides from
 

@@ -1,0 +1,73 @@
+"""Rule 26: what a fork does not want can be deleted, and the rest still trains."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OPTIONAL = {
+    "sweeps": (
+        "src/graft/sweeps", "src/hydra_plugins", "configs/hydra/launcher", "configs/hydra/sweeper",
+    ),
+    "compare": ("src/graft/compare", "src/graft/commands/compare.py"),
+    "evaluation": ("src/graft/evaluation", "src/graft/commands/evaluate.py"),
+    "tables": (
+        "src/graft/tasks/multilabel.py", "src/graft/tasks/regression.py",
+        "src/graft/data/sources/table.py", "configs/task/multilabel.yaml",
+        "configs/task/regression.yaml", "configs/data/image_table.yaml",
+    ),
+    "timm": ("src/graft/models/timm.py", "configs/backbone/timm.yaml"),
+    "trackers": (
+        "src/graft/reporting/trackers.py",
+        "configs/logger/wandb.yaml", "configs/logger/mlflow.yaml",
+    ),
+}  # fmt: skip
+
+
+def trains_without(folder: Path, *parts: str) -> None:
+    for name in ("src", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in parts:
+        for path in OPTIONAL[name]:
+            gone = folder / path
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
+    hydra = folder / "configs/hydra/default.yaml"
+    if "sweeps" in parts:  # Hydra's own launcher and sweeper take their place
+        lines = [line for line in hydra.read_text().splitlines() if "override" not in line]
+        lines = [*(s for s in lines if s != "defaults:")]
+        logging = [
+            "defaults:",
+            "  - override job_logging: stdout",
+            "  - override hydra_logging: none",
+        ]
+        hydra.write_text("\n".join([*logging, *lines]) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "graft", "train", "debug=fdr", "trainer=cpu"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(folder / "src")},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run,) = (folder / "logs").glob("*_seed0")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "graft", "resume", str(run)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(folder / "src")},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "nothing to resume" in done.stdout
+
+
+def test_without_all_that_is_optional_a_run_trains(tmp_path: Path) -> None:
+    trains_without(tmp_path, *OPTIONAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", OPTIONAL)
+def test_without_a_single_part_a_run_trains(tmp_path: Path, part: str) -> None:
+    trains_without(tmp_path, part)
