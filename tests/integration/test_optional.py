@@ -37,16 +37,11 @@ def trains_without(folder: Path, *parts: str) -> None:
         for path in OPTIONAL[name]:
             gone = folder / path
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
-    hydra = folder / "configs/hydra/default.yaml"
     if "sweeps" in parts:  # Hydra's own launcher and sweeper take their place
-        lines = [line for line in hydra.read_text().splitlines() if "override" not in line]
-        lines = [*(s for s in lines if s != "defaults:")]
-        logging = [
-            "defaults:",
-            "  - override job_logging: stdout",
-            "  - override hydra_logging: none",
-        ]
-        hydra.write_text("\n".join([*logging, *lines]) + "\n")
+        hydra = folder / "configs/hydra/default.yaml"
+        ours = ("override launcher", "override sweeper")
+        lines = [s for s in hydra.read_text().splitlines() if not any(name in s for name in ours)]
+        hydra.write_text("\n".join(lines) + "\n")
     done = subprocess.run(
         [sys.executable, "-P", "-m", "graft", "train", "debug=fdr", "trainer=cpu"],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(folder / "src")},
