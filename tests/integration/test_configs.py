@@ -22,6 +22,7 @@ PLANS = sorted(path.stem for path in (CONFIGS / "transfer").glob("*.yaml"))
 REQUIRED = {
     "linear_grid": ["transfer=linear_probe"],
     "image_folder": ["data.root=somewhere"],
+    "image_table": ["data.root=somewhere"],
     "torchvision": ["backbone.model=resnet18"],
     "timm": ["backbone.model=resnet18"],
 }

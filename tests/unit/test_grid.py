@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from graft.data.datasets import Batch
 from graft.models.heads import (
     CosineHead,
     Head,
@@ -22,6 +20,7 @@ from graft.models.heads import (
     Standardize,
     seeded_head,
 )
+from graft.models.resnet_cifar import resnet_cifar
 from graft.plan.grid import GridPoint, GridRecord
 from graft.plan.param_groups import param_groups
 from graft.reporting.pictures import heads
@@ -32,6 +31,7 @@ from graft.training.checkpoint import load_checkpoint
 from graft.training.grid import GridFit
 from graft.training.per_head import PerHead, grid_groups
 from tests.conftest import TINY, Train, Trained, compose
+from tests.unit.asked import Asked
 
 RATES, DECAYS = [0.3, 0.001, 0.05], [0.0, 0.1, 0.5]
 
@@ -123,8 +123,9 @@ def test_steps_equal_those_of_torchs_optimizer_on_each_head_alone(
         together.zero_grad()
         together.step(lambda: backward(cross_entropy(grid(features), labels).mean(0).sum()))
         schedule.step()
+    frozen = resnet_cifar(depth=8, width=4, weights=None).requires_grad_(False)
     for k, head in enumerate(heads):
-        groups = param_groups(torch.nn.Module(), head, lr=RATES[k], weight_decay=DECAYS[k])  # type: ignore[arg-type]
+        groups = param_groups(frozen, head, lr=RATES[k], weight_decay=DECAYS[k])
         alone = OPTIMIZERS[name](groups)
         falling = torch.optim.lr_scheduler.LambdaLR(alone, lambda step: 0.9**step)
         for _ in range(30):
@@ -251,13 +252,6 @@ def test_checkpoints_hold_the_winner_alone_and_the_next_stage_goes_on_from_it(
             assert torch.allclose(value.float(), two.state()[key].float(), atol=1e-6), key
 
 
-class Outputs:
-    """A model that has been asked already."""
-
-    def outputs(self, batch: Batch) -> Tensor:
-        return batch["logits"]
-
-
 def test_losses_and_accuracies_per_head_are_those_of_the_examples() -> None:
     torch.manual_seed(0)
     fit = GridFit([GridPoint(0.1, 0.0, seed) for seed in range(3)], "val/acc", "max")
@@ -265,7 +259,7 @@ def test_losses_and_accuracies_per_head_are_those_of_the_examples() -> None:
     logits[:, 2] = torch.nan
     task, tally = Classification(), Tally()
     for part in (slice(0, 8), slice(8, 11)):
-        task.evaluate(Outputs(), {"logits": logits[part], "label": labels[part]}, tally)
+        task.evaluate(Asked(), {"outputs": logits[part], "label": labels[part]}, tally)
     metrics = {f"val/{name}": values for name, values in task.metrics(tally.take()).items()}
     shown = fit.end_epoch(metrics, 1)
     for k in (0, 1):

@@ -23,16 +23,10 @@ from graft.tasks.multilabel import MultiLabel
 from graft.tasks.regression import Regression
 from graft.transforms.mixing import mix
 from tests.conftest import Graft
+from tests.unit.asked import Asked
 from tests.unit.source_files import read, save
 
 NAMES = ["red", "large", "third"]
-
-
-class Outputs:
-    """A model that has been asked already."""
-
-    def outputs(self, batch: Batch) -> Tensor:
-        return batch["outputs"]
 
 
 def table(root: Path, *, splits: bool = False, count: int = 40) -> Path:
@@ -125,7 +119,7 @@ def test_most_images_unreadable_is_an_error_also_when_they_are_skipped(tmp_path:
 def evaluated(task: Task, *batches: Batch) -> dict[str, float]:
     tally = Tally()
     for batch in batches:
-        task.evaluate(Outputs(), batch, tally)
+        task.evaluate(Asked(), batch, tally)
     return {name: float(value) for name, value in task.metrics(tally.take()).items()}
 
 
@@ -173,12 +167,12 @@ def test_many_heads_have_the_losses_and_metrics_of_each(kind: str) -> None:
     task.build(2)
     task.prepare(target.numpy(), NAMES[:2])
     together = {"outputs": outputs, "target": target}
-    losses, tally = task.loss(Outputs(), together), Tally()
-    task.evaluate(Outputs(), together, tally)
+    losses, tally = task.loss(Asked(), together), Tally()
+    task.evaluate(Asked(), together, tally)
     metrics = task.metrics(tally.take())
     for k in range(3):
         alone = {"outputs": outputs[:, k], "target": target}
-        assert losses[k] == pytest.approx(float(task.loss(Outputs(), alone)))
+        assert losses[k] == pytest.approx(float(task.loss(Asked(), alone)))
         for name, value in evaluated(task, alone).items():
             assert float(metrics[name][k]) == pytest.approx(value), name
 

@@ -16,21 +16,15 @@ from graft.data.order import BatchOrder, balanced
 from graft.tasks.base import Tally
 from graft.tasks.classification import Classification
 from tests.conftest import Graft, Train, compose
+from tests.unit.asked import Asked
 
 CLASSES = ["a", "b", "c"]
-
-
-class Outputs:
-    """A model that has been asked already."""
-
-    def outputs(self, batch: Batch) -> Tensor:
-        return batch["logits"]
 
 
 def batch(n: int = 13, seed: int = 0) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, len(CLASSES), generator=draw)
-    return {"logits": logits, "label": torch.randint(0, 2, (n,), generator=draw)}
+    return {"outputs": logits, "label": torch.randint(0, 2, (n,), generator=draw)}
 
 
 def prepared(labels: Tensor, **options: Any) -> Classification:
@@ -42,7 +36,7 @@ def prepared(labels: Tensor, **options: Any) -> Classification:
 def evaluated(task: Classification, *batches: Batch) -> dict[str, float]:
     tally = Tally()
     for part in batches:
-        task.evaluate(Outputs(), part, tally)
+        task.evaluate(Asked(), part, tally)
     return {name: float(value) for name, value in task.metrics(tally.take()).items()}
 
 
@@ -52,12 +46,12 @@ def test_metrics_are_those_of_the_whole_set_however_it_is_cut() -> None:
     parts = [{k: v[a:b] for k, v in whole.items()} for a, b in ((0, 1), (1, 64), (64, 100))]
     found = evaluated(Classification(), *parts)
     assert found == pytest.approx(evaluated(Classification(), whole), abs=1e-12)
-    logits, label = whole["logits"], whole["label"]
+    logits, label = whole["outputs"], whole["label"]
     assert found["acc"] == pytest.approx((logits.argmax(1) == label).double().mean())
     assert found["loss"] == pytest.approx(float(F.cross_entropy(logits, label)), rel=1e-6)
     f1 = MulticlassF1Score(3, average="macro")
     assert found["f1"] == pytest.approx(float(f1(logits, label)), rel=1e-6)
-    whole["logits"][:, 2] = -100
+    whole["outputs"][:, 2] = -100
     assert evaluated(Classification(), whole)["f1"] == pytest.approx(float(f1(logits, label)))
 
 
@@ -85,13 +79,13 @@ def test_equal_class_weights_and_a_gamma_of_0_are_plain_cross_entropy(
 ) -> None:
     one = batch()
     if heads > 1:
-        one["logits"] = torch.stack([one["logits"] * (k + 1) for k in range(heads)], 1)
-    plain = Classification(**options).loss(Outputs(), one)
+        one["outputs"] = torch.stack([one["outputs"] * (k + 1) for k in range(heads)], 1)
+    plain = Classification(**options).loss(Asked(), one)
     focal = Classification(loss="focal", gamma=0.0, **options)
     labels = torch.arange(3)
     weighted = prepared(labels, class_weights=[2, 2, 2], **options)
     for other in (focal, weighted, prepared(labels, class_weights="balanced", **options)):
-        assert torch.allclose(other.loss(Outputs(), one), plain, atol=1e-6)
+        assert torch.allclose(other.loss(Asked(), one), plain, atol=1e-6)
     assert plain.shape == (() if heads == 1 else (3,))
 
 
@@ -108,16 +102,16 @@ def test_weighted_batches_add_up_to_the_large_batch() -> None:
     task = prepared(torch.tensor([0, 0, 0, 1, 2]), class_weights=[1, 2, 4], loss="focal")
     whole = batch(16)
     halves = [{k: v[a : a + 8] for k, v in whole.items()} for a in (0, 8)]
-    parts = torch.stack([task.loss(Outputs(), half) for half in halves])
-    assert torch.allclose(parts.mean(), task.loss(Outputs(), whole))
+    parts = torch.stack([task.loss(Asked(), half) for half in halves])
+    assert torch.allclose(parts.mean(), task.loss(Asked(), whole))
 
 
 def test_focal_loss_is_that_of_the_paper_also_of_soft_targets() -> None:
     task, one = Classification(loss="focal", gamma=2.0), batch()
-    p = one["logits"].softmax(1).gather(1, one["label"][:, None])[:, 0]
-    assert torch.allclose(task.loss(Outputs(), one), (-((1 - p) ** 2) * p.log()).mean())
+    p = one["outputs"].softmax(1).gather(1, one["label"][:, None])[:, 0]
+    assert torch.allclose(task.loss(Asked(), one), (-((1 - p) ** 2) * p.log()).mean())
     soft = {**one, "target": F.one_hot(one["label"], 3).float()}
-    assert torch.allclose(task.loss(Outputs(), soft), task.loss(Outputs(), one))
+    assert torch.allclose(task.loss(Asked(), soft), task.loss(Asked(), one))
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,12 @@ INSTEAD = {
 
 # Arguments of the classes that our configs name. Those of other classes are their own affair.
 _FOLDER = {"root": FOLDER, "cache": FOLDER, "on_error": _one_of("fail", "skip")}
+_IMAGES = {
+    **_FOLDER,
+    "background": _or_null(TEXT),
+    "value_range": _or_null(_pair("two numbers, like [0, 4095]", NUMBER)),
+    "max_megapixels": POSITIVE,
+}
 _ADAM = {"betas": _pair("two numbers of at least 0 and below 1", BELOW_ONE), "eps": POSITIVE}
 _WEIGHTS = {
     "model": TEXT,
@@ -309,14 +315,9 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         "stochastic_depth_prob": BELOW_ONE,
     },
     "graft.data.sources.cifar.Cifar10": {**_FOLDER, "download": BOOL},
-    "graft.data.sources.folder.ImageFolder": {
-        **_FOLDER,
-        "background": _or_null(TEXT),
-        "value_range": _or_null(_pair("two numbers, like [0, 4095]", NUMBER)),
-        "max_megapixels": POSITIVE,
-    },
+    "graft.data.sources.folder.ImageFolder": _IMAGES,
     "graft.data.sources.table.ImageTable": {
-        **_FOLDER,
+        **_IMAGES,
         "table": TEXT,
         "columns": _or_null(_list_of(TEXT)),
     },

@@ -117,6 +117,7 @@ class TransferDataModule(L.LightningDataModule):
         self.seed = seed
         self.recorded = recorded
         self.changes: dict[str, str] = {}  # by split, what has changed since it was recorded
+        self.streams: tuple[str, ...] = ("train",)  # of the task
         self.stage_index = 0
         self.stage_augments = True
         self.stage_augment = augment
@@ -243,22 +244,40 @@ class TransferDataModule(L.LightningDataModule):
         self.features = {}
         self.stage_views = views
 
-    def loader(self, split: str, *, train: bool) -> DataLoader[Batch] | Batches:
-        """This rank's batches of a split; `train` shuffles."""
+    def loader(
+        self, split: str, *, train: bool, like: int | None = None, number: int = 0
+    ) -> DataLoader[Batch] | Batches:
+        """This rank's batches of a split; `train` shuffles.
+
+        Args:
+            like: as many batches as that, of another stream: it decides how long an epoch is.
+            number: of the stream; each has an order of its own.
+
+        Raises:
+            ValueError: the data has no such split, or too few images.
+        """
+        if split not in self.splits:
+            raise ValueError(
+                f"the task trains on {split!r}, which this data does not have: it has "
+                f"{', '.join(self.splits)}"
+            )
         dataset: Dataset[Batch] = self.splits[split]
+        balanced = train and self.sampling == "balanced" and like is None
         trainer = self.trainer
+        world_size = trainer.world_size if trainer else 1
+        epoch_images = like * self.batch_size * world_size if like else self.epoch_images
         batches = BatchOrder(
             len(self.splits[split]),
             self.batch_size if train else self.eval_batch_size,
             shuffle=train,
-            labels=self.splits[split].labels if train and self.sampling == "balanced" else None,
-            epoch_size=self.epoch_images if train else None,
-            drop_last=train and self.drop_last,
-            seed=self.stage_seed,
+            labels=self.splits[split].labels if balanced else None,
+            epoch_size=epoch_images if train else None,
+            drop_last=train and (self.drop_last or like is not None),
+            seed=self.stage_seed + 7_368_787 * number,
             epoch=self._epoch if self.reshuffle else lambda: 0,
             first=(lambda: self._place()[1]) if train else lambda: 0,
             rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            world_size=world_size,
         )
         if train and len(batches) == 0:
             raise ValueError(
@@ -329,8 +348,14 @@ class TransferDataModule(L.LightningDataModule):
     def stage_seed(self) -> int:
         return self.seed + 1_000_003 * self.stage_index
 
-    def train_dataloader(self) -> DataLoader[Batch] | Batches:
-        return self.loader("train", train=True)
+    def train_dataloader(self) -> Any:
+        first, *others = self.streams
+        if not others:
+            return self.loader(first, train=True)
+        loaders = {first: self.loader(first, train=True)}
+        for number, name in enumerate(others, 1):
+            loaders[name] = self.loader(name, train=True, like=len(loaders[first]), number=number)
+        return loaders
 
     def val_dataloader(self) -> DataLoader[Batch] | Batches:
         return self.loader("val", train=False)
@@ -338,8 +363,10 @@ class TransferDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch] | Batches:
         return self.loader("test", train=False)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """uint8 images to normalised ones, on whatever device the batch is on by now."""
+        if isinstance(batch.get("train"), dict):  # several streams
+            return {name: self.on_after_batch_transfer(part, 0) for name, part in batch.items()}
         if "image" not in batch:
             return batch
         training = self.trainer is not None and self.trainer.training

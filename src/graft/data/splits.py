@@ -58,7 +58,8 @@ def draw_splits(
         keep = keep[draw_shots(labels[keep], shots_per_class, seed)]
     elif train_fraction != 1.0:
         keep = keep[stratified_fraction(labels[keep], train_fraction, seed)]
-    return {"train": ImageDataset(loaded.train, keep), **held_out}
+    more = {name: ImageDataset(split) for name, split in loaded.more.items()}
+    return {"train": ImageDataset(loaded.train, keep), **held_out, **more}
 
 
 def _below(least: int, labels: np.ndarray, classes: list[str]) -> str:
@@ -84,18 +85,18 @@ def check_splits(loaded: Splits, source: str) -> None:
         raise ValueError(f"{source}: classes must be a list of names, not {classes!r}")
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
         raise ValueError(f"{source}: two classes have the name {twice[0]}: each needs its own")
-    splits = {"train": loaded.train, "val": loaded.val, "test": loaded.test}
-    for name, split in splits.items():
-        if split is not None and (problem := _problem(split, classes)):
+    for name, split in loaded.named().items():
+        if problem := _problem(split, classes, unknown=name in loaded.more):
             raise ValueError(f"{source}, {name} split: {problem}")
 
 
-def _problem(split: Split, classes: list[str]) -> str | None:
+def _problem(split: Split, classes: list[str], *, unknown: bool) -> str | None:
+    """unknown: whether labels may be -1."""
     for what in ("images", "labels"):
         array: Any = getattr(split, what)
         if not isinstance(array, np.ndarray):
             return f"{what} must be a numpy array, not {type(array).__name__}"
-    return _image_problem(split.images) or _label_problem(split, classes)
+    return _image_problem(split.images) or _label_problem(split, classes, -1 if unknown else 0)
 
 
 def _image_problem(images: np.ndarray) -> str | None:
@@ -117,7 +118,7 @@ def _image_problem(images: np.ndarray) -> str | None:
     return None
 
 
-def _label_problem(split: Split, classes: list[str]) -> str | None:
+def _label_problem(split: Split, classes: list[str], lowest: int) -> str | None:
     labels, count = split.labels, len(split.images)
     if labels.ndim != 1:
         hint = ", labels.argmax(1) if they are one-hot" if labels.ndim == 2 else ""
@@ -130,7 +131,7 @@ def _label_problem(split: Split, classes: list[str]) -> str | None:
         return problem
     if labels.dtype != np.int64:
         return f"labels must be int64, not {labels.dtype}: labels.astype(np.int64)"
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    wrong = np.flatnonzero((labels < lowest) | (labels >= len(classes)))
     if len(wrong):
         return (
             f"labels must be 0 to {len(classes) - 1} for {len(classes)} classes; number {wrong[0]} "

@@ -89,7 +89,8 @@ class CorruptedImages(ImageDataset):
     """The images of a data set, corrupted when they are asked for."""
 
     def __init__(self, clean: ImageDataset, name: str, severity: int) -> None:
-        self.images, self.rows, self.labels = clean.images, clean.rows, clean.labels
+        self.split, self.images = clean.split, clean.images
+        self.rows, self.labels = clean.rows, clean.labels
         self.name, self.severity = name, severity
 
     def __getitem__(self, positions: Positions) -> Batch:

@@ -41,6 +41,8 @@ def why_not(backbone: Backbone, cut: int, datamodule: TransferDataModule) -> str
     ):
         return "it augments the images (augment=false and views=8 would store augmented ones)"
     if cut < len(backbone.blocks):
+        if backbone.passes_tuples:
+            return "its blocks pass several tensors on"
         if backbone.taps is not None:
             return "taps need the earlier blocks"
         if backbone.mirror:

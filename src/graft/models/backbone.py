@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,9 @@ class Backbone(nn.Module):
     """Blocks in order, input to output; `forward` is their composition.
 
     Args:
-        blocks: name -> module; no name is among `RESERVED_NAMES`. The last one ends in pooled
-            features (N, F).
+        blocks: name -> module; no name is among `RESERVED_NAMES`. What one returns the next one
+            is called with: a tensor, or a tuple of them. The last one ends in pooled features
+            (N, F).
         preprocessing: what the images must look like.
         taps: names of blocks whose pooled outputs are concatenated into the features, or "all"
             that hold parameters (a bare pooling would repeat the block before it); None takes the
@@ -73,6 +75,7 @@ class Backbone(nn.Module):
             the cost. Set it before anything is computed; off by default.
         blocks: `nn.Sequential`, so `blocks[:k]` is a prefix and `blocks[k:]` a suffix.
         num_features: F, width of the features (summed over taps).
+        passes_tuples: whether a block hands more than one tensor to the next.
     """
 
     def __init__(
@@ -148,7 +151,15 @@ class Backbone(nn.Module):
         self.eval()
         reference = next(self.parameters())
         image = torch.zeros(1, 3, size, size, device=reference.device, dtype=reference.dtype)
+        states: list[bool] = []
+        hooks = [
+            block.register_forward_hook(lambda *call: states.append(isinstance(call[2], tuple)))
+            for block in self.blocks
+        ]
         width = self(image).shape[1]
+        for hook in hooks:
+            hook.remove()
+        self.passes_tuples = any(states)
         self.train(training)
         return width
 
@@ -159,8 +170,21 @@ class Backbone(nn.Module):
             features = (features + self.forward_from(0, images.flip(3))) / 2
         return features
 
-    def forward_from(self, start: int, x: Tensor) -> Tensor:
-        """Features from the input of block `start` (its images or stored activations).
+    def maps(self, images: Tensor) -> Tensor:
+        """The last output that is not pooled, (N, C, h, w) or (N, tokens, C): for decoders."""
+        if self.taps is not None:
+            raise ValueError("backbone.taps: features of several blocks have no common map")
+        found, x = None, images
+        for block in self.blocks:
+            x = block(x)
+            first = x[0] if isinstance(x, tuple) else x
+            found = first if first.ndim > 2 else found
+        if found is None:
+            raise ValueError(f"{self.description or 'this backbone'} has no output before pooling")
+        return found
+
+    def forward_from(self, start: int, x: Any) -> Tensor:
+        """Features from the input of block `start` (its images or activations).
 
         `start` after the last block returns x itself: x already holds the features.
         """
@@ -176,5 +200,5 @@ class Backbone(nn.Module):
         for name, block in self.blocks.named_children():
             x = block(x)
             if name in self.taps:
-                pooled.append(self.pool(x))
+                pooled.append(self.pool(x[0] if isinstance(x, tuple) else x))
         return torch.cat(pooled, dim=1)

@@ -13,6 +13,7 @@ from graft.plan.freeze import norm_mode
 def param_groups(
     backbone: Backbone,
     head: nn.Module,
+    task: nn.Module | None = None,
     *,
     lr: float,
     weight_decay: float,
@@ -21,7 +22,7 @@ def param_groups(
     head_lr_scale: float = 1.0,
     decay_norm_and_bias: bool = False,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, input to output, the head last.
+    """Groups for a torch optimizer, input to output, the head and the task's own at the end.
 
     Args:
         backbone_weight_decay: if other than `weight_decay`.
@@ -44,6 +45,8 @@ def param_groups(
             rate = lr * layer_decay ** (len(names) - depth)
             parts.append((name, backbone.blocks.get_submodule(name), rate))
     parts.append(("head", head, lr * head_lr_scale))
+    if task is not None:
+        parts.append(("task", task, lr * head_lr_scale))
 
     named = backbone.blocks.named_parameters()  # an adapter has renamed what it sits on
     spared = {id(p) for name, p in named if name in backbone.no_weight_decay}
@@ -57,7 +60,7 @@ def param_groups(
         plain = [p for p in trainable if decays(p)]
         bare = [p for p in trainable if not decays(p)]
         decay = weight_decay
-        if module is not head and backbone_weight_decay is not None:
+        if name not in ("head", "task") and backbone_weight_decay is not None:
             decay = backbone_weight_decay
         if plain:
             groups.append({"name": name, "params": plain, "lr": rate, "weight_decay": decay})
@@ -71,7 +74,10 @@ def param_groups(
 
 
 def describe_groups(
-    groups: list[dict[str, Any]], backbone: Backbone, head: nn.Module
+    groups: list[dict[str, Any]],
+    backbone: Backbone,
+    head: nn.Module,
+    task: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """One row per group, then one per frozen part: the table that is printed and logged.
 
@@ -79,7 +85,12 @@ def describe_groups(
     """
     blocks = {name: backbone.blocks.get_submodule(name) for name in backbone.learnable_blocks}
     learning = [b for b in blocks.values() if any(p.requires_grad for p in b.parameters())]
-    parts: dict[str, nn.Module] = {"backbone": nn.ModuleList(learning), **blocks, "head": head}
+    parts: dict[str, nn.Module] = {
+        "backbone": nn.ModuleList(learning),
+        **blocks,
+        "head": head,
+        "task": task or nn.Module(),
+    }
     rows = [
         {
             "group": group["name"],

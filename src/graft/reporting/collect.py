@@ -65,10 +65,10 @@ class Collect(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if "target" in batch:
+        if "target" in batch:  # of a task without classes
             values = (batch["index"], outputs.float(), batch["target"])
             self.outputs.append(Outputs(*(value.cpu() for value in values)))
-        else:
+        elif pl_module.task.classifies:  # type: ignore[union-attr]
             self.parts.append(Predictions.of(outputs, batch["label"], batch["index"]))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -148,6 +148,7 @@ class Inputs(L.Callback):
             if not board.is_new(board.step_offset):
                 continue
             data = _datamodule(trainer)
+            batch = batch.get("train", batch)  # type: ignore[assignment]
             seen = {key: values[:INPUTS].cpu() for key, values in batch.items()}
             if "image" not in batch or batch["image"].dtype == torch.uint8:
                 # Of stored features, the images they were computed from.

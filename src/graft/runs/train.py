@@ -139,6 +139,7 @@ def train(
     train_split = datamodule.splits["train"]
     learnt = train_split.labels if train_split.targets is None else train_split.targets
     module.task.prepare(learnt, datamodule.classes)
+    datamodule.streams = module.task.streams
     if config["trainer"]["compile"]:
         compile_blocks(module.backbone, config["trainer"]["compile"])
     path = folder.path if folder is not None else Path("unused-on-other-ranks")
@@ -171,7 +172,7 @@ def train(
 
     def announce(stage: Stage) -> None:
         module.checkpoint_note["stage"] = stage.name
-        rows = describe_groups(module.stage_groups(), module.backbone, module.head)
+        rows = describe_groups(module.stage_groups(), module.backbone, module.head, module.task)
         report.print_stage(stage, rows, module.head)
         if folder is not None:
             groups[stage.name] = rows
@@ -231,10 +232,9 @@ def train(
     trainer = new_trainer(stages[-1], [start, collect])
     tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
     tested = {key: float(value) for key, value in tested.items()}
-    classifies = datamodule.splits["test"].targets is None
-    if folder is not None and classifies:
+    if folder is not None and module.task.classifies:
         recall = lowest_recall(Predictions.joined(collect.parts), datamodule.classes)
         folder.update(recall=recall)
-    pictured = [collect] if classifies else []
+    pictured = [collect] if module.task.classifies else []
     tensorboard.log_end(loggers, module.task.monitor, datamodule, pictured, results)
     return {module.task.monitor: results[-1].best_score, **tested}, module

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graft.data.datasets import Batch
+from graft.models.backbone import Backbone
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -20,6 +21,9 @@ Reduce = Callable[[Tensor], Tensor]  # the sum over ranks
 
 class Model(Protocol):
     """What a task sees of a `TransferModule`."""
+
+    @property
+    def backbone(self) -> Backbone: ...
 
     def outputs(self, batch: Batch) -> Tensor:
         """(N, num_outputs) outputs of the head, or (N, K, num_outputs) of K heads."""
@@ -51,17 +55,26 @@ class Tally:
 
 
 class Task(nn.Module, ABC):
-    """What a stage optimises and measures.
+    """What a stage optimises and measures. Parameters of its own (a decoder, a discriminator)
+    train with the head's rate, in every stage.
+
+    Attributes:
+        streams: splits of the data that a training batch holds. Of "train" alone, `loss` is called
+            with its batch; of several, with a batch for each: batch["train"], batch["target"].
+        classifies: whether outputs are logits of classes, so that a test shows its mistakes.
 
     Args:
         monitor: the metric that the best checkpoint, sweeps and Optuna go by; "val/..." of what
             `metrics` gives.
         mode: "max", or "min" if smaller is better.
-        metrics: of torchmetrics, by name; they are called with (outputs, labels).
+        metrics: of torchmetrics, by name; tasks of ours call them with (outputs, labels).
 
     Raises:
         ValueError: an impossible value.
     """
+
+    streams: tuple[str, ...] = ("train",)
+    classifies = False
 
     def __init__(
         self, *, monitor: str, mode: str, metrics: Mapping[str, Metric] | None = None
@@ -92,7 +105,7 @@ class Task(nn.Module, ABC):
             raise ValueError(f"label_smoothing of a stage: {type(self).__name__} has none")
 
     @abstractmethod
-    def loss(self, model: Model, batch: Batch) -> Tensor:
+    def loss(self, model: Model, batch: Any) -> Tensor:
         """The training loss, a mean over examples: (), or (K,) for K heads."""
 
     @abstractmethod
@@ -127,6 +140,8 @@ class Task(nn.Module, ABC):
 
 class _Known:
     """A model whose outputs are there already."""
+
+    backbone: Any = None
 
     def __init__(self, outputs: Tensor) -> None:
         self._outputs = outputs

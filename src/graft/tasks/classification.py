@@ -33,6 +33,7 @@ class Classification(Task):
     """
 
     weights: Tensor | None
+    classifies = True
 
     def __init__(
         self,

@@ -119,9 +119,9 @@ class TransferModule(L.LightningModule):
             return self.head(self.backbone.forward_from(self.cut, batch["features"]))
         return self(batch["image"])
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.task.loss(self, batch)
-        images = len(batch["label"])
+        images = len(batch.get("train", batch)["label"])
         self.trained.add(loss=loss.detach() * images, images=images)
         # `self.log` takes as long as a step of a small head: it is called when something is due.
         if self.trainer._logger_connector.should_update_logs:
@@ -265,6 +265,7 @@ class TransferModule(L.LightningModule):
         return param_groups(
             self.backbone,
             self.head,
+            self.task,
             lr=stage.lr,
             weight_decay=stage.weight_decay,
             backbone_weight_decay=0.0 if stage.l2_sp else stage.weight_decay,

@@ -11,8 +11,8 @@ import logging
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,13 @@ class Splits:
     test: Split | None
     # What was black and white in images of more than 8 bits; other images are to be read alike.
     value_range: tuple[float, float] | None = None
+    # Others by name, of which tasks train on some: see `Task.streams`. Labels of -1: unknown.
+    more: Mapping[str, Split] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Split]:
+        """Each split that there is."""
+        own = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in own.items() if split is not None} | dict(self.more)
 
 
 class Source(ABC):
