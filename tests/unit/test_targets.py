@@ -220,7 +220,9 @@ def test_a_run_is_trained_evaluated_and_compared(
     kept = np.load(run / "eval" / "test.npz")
     assert kept["output"].shape == kept["target"].shape == (8, 2)
     assert SplitRecord.read(run) is not None
-    assert graft("compare", str(run)).returncode == 0
+    done = graft("compare", str(run))
+    assert f"test/{metric}" in done.stdout
+    assert "test/acc" not in done.stdout
 
 
 @pytest.mark.parametrize("grid", [[], ["head.grid={lr:[0.01,0.1]}"]])

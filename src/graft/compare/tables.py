@@ -9,7 +9,7 @@ from graft.compare.groups import ABSENT, Comparison, Group
 from graft.compare.statistics import Summary, paired
 from graft.compare.table import Column, Table
 from graft.reporting.console import is_share
-from graft.runs.records import Run, known
+from graft.runs.records import Run, known, objective
 
 COSTS = {
     "fit_seconds": "fit s",  # of the stages
@@ -248,7 +248,7 @@ def run_table(runs: Sequence[Run], keys: Sequence[str]) -> Table:
 
 
 def metric_names(comparison: Comparison, asked: Sequence[str] = ()) -> list[str]:
-    """Those asked for, or the usual ones, or any.
+    """Those asked for, or what the runs went by, or any.
 
     Raises:
         ValueError: no run has one of them.
@@ -256,7 +256,9 @@ def metric_names(comparison: Comparison, asked: Sequence[str] = ()) -> list[str]
     there = comparison.metrics()
     if asked:
         return [known(name, [*there, *COSTS], "metric") for name in asked]
-    usual = [name for name in there if name in ("test/acc", "val/acc")]
+    runs = [run for group in comparison.groups for run in group.runs.values()]
+    monitors = {objective(run.config)[0] for run in runs}
+    usual = [name for name in there if name.replace("test/", "val/") in monitors]
     if not there:
         raise ValueError("these runs have no metrics")
     return sorted(usual) or there[:2]

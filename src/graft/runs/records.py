@@ -31,8 +31,8 @@ FACTS = ("status", "host", "device", "git_commit", "train_images")  # of run.jso
 
 def objective(config: dict[str, Any]) -> tuple[str, str]:
     """The metric that a run's best checkpoint goes by, and "max" or "min"."""
-    task = as_current(config)["task"]
-    return str(task["monitor"]), str(task["mode"])
+    task = as_current(config).get("task") or {}
+    return str(task.get("monitor", "val/acc")), str(task.get("mode", "max"))
 
 
 @dataclass(frozen=True)
