@@ -253,3 +253,15 @@ def test_modules_of_the_current_folder_are_not_imported_by_ranks_and_jobs(
     src = {"PYTHONPATH": str(ROOT / "src")}
     start("train", *short, env=src).ended(0)
     start("train", "-m", "hydra/launcher=processes", *TINY, "seed=0,1", env=src).ended(0)
+
+
+def test_a_run_whose_output_is_cut_off_trains_on(tmp_path: Path) -> None:
+    """`graft train | head`: Rich would end it, recorded as preempted."""
+    started = Started(tmp_path, "train", *TINY, "trainer.max_epochs=30")
+    assert started.process.stdout is not None
+    started.process.stdout.readline()
+    started.process.stdout.close()
+    assert started.process.stderr is not None
+    said = started.process.stderr.read()
+    assert started.process.wait(PATIENCE) == 0, said
+    assert started.record()["status"] == "done"

@@ -107,6 +107,30 @@ def test_a_class_of_val_or_test_may_be_empty(
         list_images(root)
 
 
+def test_what_is_evaluated_on_has_the_classes_it_has_images_of(
+    root: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty folder was a class of the entry in the cache, for ever."""
+    other = root.parent / "other"
+    save(other / "dog" / "0.png", RED)
+    (other / "ape").mkdir()
+    (other / "zebra").mkdir()
+    splits = read(EvalFolder(other, cache))
+    assert splits.classes == ["dog"]
+    assert splits.train.labels.tolist() == [0]
+    assert "left unused: ape/ (no images in it), zebra/ (no images in it)" in said(caplog)
+
+
+def test_a_class_that_is_there_later_is_not_that_of_an_earlier_entry(
+    root: Path, cache: Path
+) -> None:
+    before = read(ImageFolder(root, cache)).classes
+    (root / "train/cat").rename(root / "train/lynx")
+    (root / "test/cat").rename(root / "test/lynx")
+    (root / "valid/cat").rename(root / "valid/lynx")
+    assert (before, read(ImageFolder(root, cache)).classes) == (["cat", "dog"], ["dog", "lynx"])
+
+
 JUNK = (
     *("@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
     *("__pycache__", ".ipynb_checkpoints", "#recycle"),

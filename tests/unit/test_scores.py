@@ -77,6 +77,20 @@ def test_bootstrap_of_accuracy_is_that_of_a_binomial() -> None:
     assert [low, high] == pytest.approx([acc - half, acc + half], abs=0.1 * half)
 
 
+def test_of_8_of_8_one_cannot_be_certain() -> None:
+    """Resampling would say 100 % to 100 %; scipy.stats.binomtest says 63.06 % to 100 %."""
+    right = torch.zeros(8, dtype=torch.long)
+    label = torch.tensor([0] * 8 + [1] * 4)
+    p = Predictions(
+        torch.arange(12), label, torch.zeros_like(label), torch.ones(12), torch.ones(12)
+    )
+    found = scores.intervals(p, 2)
+    assert found["per_class"][0] == pytest.approx([0.630583, 1], abs=1e-6)
+    assert found["per_class"][1] == pytest.approx([0, 0.602365], abs=1e-6)
+    whole = Predictions(torch.arange(8), right, right, torch.ones(8), torch.ones(8))
+    assert scores.intervals(whole, 2)["acc"] == pytest.approx([0.630583, 1], abs=1e-6)
+
+
 def test_each_bootstrap_sample_is_scored_like_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample that happens to be the set itself has the set's own metrics, in parts or at once."""
 

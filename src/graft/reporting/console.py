@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +18,13 @@ class LiteralConsole(Console):
     def __init__(self, width: int | None = None) -> None:
         literal = {"markup": False, "emoji": False, "highlight": False}
         super().__init__(soft_wrap=True, width=width, **literal)  # type: ignore[arg-type]
+
+    def on_broken_pipe(self) -> None:
+        """Goes on without output, as `graft train | head` is no reason to end a run: Rich exits."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
     def render_str(self, text: str, **keywords: Any) -> Text:
         return super().render_str(visible(text), **keywords)

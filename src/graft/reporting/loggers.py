@@ -132,6 +132,8 @@ class CSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         row = {**metrics, "step": (step or 0) + self.step_offset}
+        if any(name.startswith("test/") for name in metrics):
+            row.pop("epoch", None)  # of the trainer that tests: 0
         if new := row.keys() - set(self.columns):
             rows = self._rows() if self.columns else []
             self._write(sorted([*self.columns, *new]), rows)

@@ -149,8 +149,10 @@ def intervals(
 
     Returns:
         acc, macro_f1, nll: (low, high); per_class: (num_classes, 2) of the accuracy of each class,
-        nan where it has no images. None for ece: a sample of the sample is never better calibrated
-        than its bins are noisy, so that its interval would lie too high.
+        nan where it has no images. Where all images are right, or none is, resampling knows no
+        spread, and accuracies have the exact interval (Clopper and Pearson 1934). None for ece: a
+        sample of the sample is never better calibrated than its bins are noisy, so that its
+        interval would lie too high.
     """
     rng = np.random.default_rng(seed)
     label, prediction, loss = (v.numpy() for v in (p.label, p.prediction, p.loss.double()))
@@ -174,10 +176,25 @@ def intervals(
     ends = [(1 - level) / 2, (1 + level) / 2]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-        return {
+        bounds = {
             name: np.nanquantile(np.concatenate(values), ends, axis=0).T
             for name, values in found.items()
         }
+    images, right, _ = class_counts(p, num_classes)
+    bounds["acc"] = _unless_extreme(bounds["acc"], right.sum(), images.sum(), level)
+    pairs = zip(bounds["per_class"], right, images, strict=True)
+    bounds["per_class"] = np.array([_unless_extreme(b, r, n, level) for b, r, n in pairs])
+    return bounds
+
+
+def _unless_extreme(
+    pair: NDArray[np.float64], right: int, images: int, level: float
+) -> NDArray[np.float64]:
+    """Of an accuracy of 0 or 1, which no resampling changes, Clopper and Pearson's interval."""
+    if images == 0 or 0 < right < images:
+        return pair
+    end = ((1 - level) / 2) ** (1 / images)
+    return np.array([end, 1.0]) if right else np.array([0.0, 1 - end])
 
 
 def _counts(

@@ -115,8 +115,22 @@ class _Lister:
                 flat = " (no class folders in it)" if name in named else ""
                 listing.unused.append(f"{name}/{flat}")
         listing.unused += files
+        if self.evaluation:
+            self._leave_out_empty_classes()
+        self.digest.update("\0".join(listing.classes).encode("utf-8", "surrogateescape"))
         listing.digest = self.digest.hexdigest()[:32]
         return listing
+
+    def _leave_out_empty_classes(self) -> None:
+        """What is evaluated on has the classes it has images of."""
+        listing = self.listing
+        there = sorted({label for images in listing.images.values() for _, label in images})
+        names = [listing.classes[label] for label in there]
+        if not names:
+            return
+        for split, images in listing.images.items():
+            listing.images[split] = [(path, there.index(label)) for path, label in images]
+        listing.classes = names
 
     def _level(self, place: str) -> tuple[list[str], list[str]]:
         """Names of the folders and of the files in a folder, sorted."""
