@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from graft.runs.folder import FORMAT, RunFolder
+from graft.runs.open import read_overrides
+from graft.runs.resume import changed, earlier
 from graft.training.module import TransferModule
 from tests.conftest import Graft
 from tests.integration.conftest import Break, Runs, assert_equal, record
@@ -55,6 +57,25 @@ def test_what_cannot_change_is_refused_with_the_reason(graft: Graft, stopped: Pa
         assert reason in error(graft, stopped, override), override
         assert (stopped / "config.yaml").read_text() == before
         assert record(stopped)["status"] == "failed"
+
+
+@pytest.mark.parametrize("written", ["", "config", "overrides", "config and overrides"])
+def test_ranks_make_the_same_change_whatever_the_first_one_has_written(
+    stopped: Path, written: str
+) -> None:
+    """On a network disk its files show up in any order; and the same command may be given again."""
+    overrides = ["trainer.max_epochs=5", "data.num_workers=1"]
+    old = read_overrides(stopped)
+    folder = RunFolder.open(stopped)
+    wanted = changed(folder, overrides)
+    assert wanted["transfer"]["stages"]["second"]["epochs"] == 3  # set by itself
+    assert wanted["trainer"]["max_epochs"] == 5
+    if "config" in written:
+        folder.write("config.yaml", wanted)
+    if "overrides" in written:
+        folder.write("overrides.yaml", [*old, *overrides])
+    assert changed(folder, overrides) == wanted
+    assert earlier(stopped, overrides) == old
 
 
 def test_a_config_that_was_edited_is_noticed(graft: Graft, stopped: Path) -> None:

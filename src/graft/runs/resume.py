@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.config.overrides import PLACES, key_of, path_of
+from graft.config.overrides import PLACES, SEARCHPATH, key_of, path_of, search_path
 from graft.config.renamed import as_current
 from graft.config.resolved import CONFIGS, check, leaves, moved, set_leaf
 from graft.runs.folder import FINAL, FORMAT, RunFolder
@@ -74,7 +74,7 @@ def resume_run(
         if first:
             if overrides:
                 folder.write("config.yaml", config)
-                folder.write("overrides.yaml", [*read_overrides(folder.path), *overrides])
+                folder.write("overrides.yaml", [*earlier(folder.path, overrides), *overrides])
             (folder.path / "error.log").unlink(missing_ok=True)
             folder.update(format=FORMAT, config=config)
         return run_in_folder(config, folder if first else None, resumed)
@@ -110,8 +110,9 @@ def changed(
     Raises:
         ValueError: another one, with the reason.
     """
-    # In this order: the first rank writes the config, then its overrides, while others read.
-    before = read_overrides(folder.path)
+    # The first rank writes both files while others read, on whatever network disk: each of them
+    # makes the same change, to a config that may have it already.
+    before = earlier(folder.path, overrides)
     config = read_config(folder.path, trusted=trusted)
     for override in overrides:
         if override.startswith("~"):
@@ -130,17 +131,29 @@ def changed(
     require_harmless([o for o in before if o not in overrides], source)  # or typed again
     # The config of the run is resolved: what an override leads to is what it changes in the
     # config that is composed anew.
-    old = dict(leaves(_composed(before)))
+    old = dict(leaves(_composed([*before, *search_path(overrides)])))
     new = dict(leaves(_composed([o for o in before if key_of(o) not in asked] + list(overrides))))
+    now = dict(leaves(config))
     done = {f"transfer.stages.{stage['name']}.epochs" for stage in folder.record["stages"]}
     for key in sorted(old.keys() | new.keys()):
-        if key in old and key in new and repr(old[key]) == repr(new[key]):  # 1 batch is not 1.0
+        same = [key in c and repr(c[key]) == repr(new[key]) for c in (old, now) if key in new]
+        if any(same):  # by repr: 1 batch is not 1.0
             continue
         if key in done and key not in asked:
             continue  # it follows another key, and has its epochs behind it
         refuse(key, done)
         set_leaf(config, key, new[key])
     return config
+
+
+def earlier(path: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a run before these are added: the first rank may have done that, or the same
+    command when it was given before.
+    """
+    noted = read_overrides(path)
+    if overrides and noted[-len(overrides) :] == [*overrides]:
+        noted = noted[: -len(overrides)]
+    return [o for o in noted if key_of(o) != SEARCHPATH or not search_path(overrides)]
 
 
 def refuse(key: str, done: Collection[str] = ()) -> None:
