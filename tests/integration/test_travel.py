@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from graft.storage.reading import read_yaml_texts
 from graft.training.module import TransferModule
 from tests.conftest import TINY, Graft, compose
 from tests.integration.conftest import Break, assert_equal, record
@@ -205,14 +206,26 @@ def test_configs_of_ones_own_are_remembered(
     assert graft("train", *lab, "trainer.max_epochs=2", "paths.logs=logs").returncode == 1
     run = run_in(tmp_path)
     assert "did you mean mine?" in error(graft, "train", *lab, "data=mien")
+    assert "did you mean data.source.on_error or" in error(
+        graft, "train", *lab, "data.source.on_eror=skip"
+    )
     monkeypatch.chdir("/")
     refused = error(graft, "resume", str(run), "trainer.max_epochs=3")
     folder = shlex.split(refused.rpartition(" graft resume ")[2])[1]  # as a shell reads it
-    done = graft("resume", str(run), "trainer.max_epochs=3", folder)
+    assert folder == f"hydra.searchpath=['file://{tmp_path}/lab']"
+    assert "--config-dir no: no such folder" in error(
+        graft, "resume", str(run), "--config-dir", "no", "seed=1"
+    )
+    done = graft("resume", str(run), "trainer.max_epochs=3", "--config-dir", f"{tmp_path}/lab")
     assert done.returncode == 0, done.stderr
+    noted = read_yaml_texts(run / "overrides.yaml")
+    assert noted[-2:] == ["trainer.max_epochs=3", folder]
+    assert noted.count(folder) == 1
     assert folder in shlex.split(error(graft, "eval", str(run), "--data", "mine"))
     result, _ = evaluated(graft, run, "--data", "mine", folder)
     assert result["metrics"]["acc"] == record(run)["metrics"]["test/acc"]
+    again, _ = evaluated(graft, run, "--data", "mine", "--config-dir", f"{tmp_path}/lab")
+    assert again["metrics"] == result["metrics"]
 
     monkeypatch.chdir(tmp_path)
     done = graft("train", "-m", *lab, "data.root=photos", "hydra.sweep.dir=sweep", "seed=0,1")
@@ -221,7 +234,8 @@ def test_configs_of_ones_own_are_remembered(
     refused = error(graft, "resume", str(tmp_path / "sweep"), "seed=0,1,2")
     folder = shlex.split(refused.rpartition(" graft resume ")[2])[1]
     assert folder == f"hydra.searchpath=['file://{tmp_path}/lab']"
-    done = graft("resume", str(tmp_path / "sweep"), folder, "seed=0,1,2")
+    lab = ["--config-dir", f"{tmp_path}/lab"]
+    done = graft("resume", str(tmp_path / "sweep"), *lab, "seed=0,1,2")
     assert done.returncode == 0, done.stderr
     assert "3 of 3 runs done" in done.stdout
     assert len([*(tmp_path / "sweep").glob("*/run.json")]) == 3

@@ -20,6 +20,7 @@ import numpy as np
 from graft.config.names import file_word, shortened
 from graft.config.overrides import (
     PLACES,
+    config_dir,
     config_folders,
     key_of,
     path_of,
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     option(
         "places",
         nargs="*",
+        default=[],
         metavar="OVERRIDE",
         help="where its data lies now: data.root=FOLDER, paths.data=FOLDER, paths.cache=FOLDER",
     )
@@ -107,6 +109,7 @@ def main(arguments: Sequence[str]) -> None:
         help="other images of the same classes: a data group and overrides of it (cifar10 "
         "data.root=FOLDER), or a folder of class folders, with or without test/ around them",
     )
+    option("--config-dir", default="", metavar="DIR", help="configs of your own, for --data")
     option("--ckpt", default="best", help="best (default) or last of the last stage, or a file")
     option(
         "--corruptions",
@@ -117,8 +120,12 @@ def main(arguments: Sequence[str]) -> None:
     add_trust(parser)
     option("--limit", type=_positive, metavar="N", help="about N images, stratified")
     option("--batch-size", type=_positive, metavar="N", help="default: the run's")
-    settings = vars(parser.parse_args(arguments))
+    settings = vars(parser.parse_intermixed_args(arguments))
+    folder = settings.pop("config_dir")
+    if folder and not settings["data"]:
+        parser.error("--config-dir is for --data")
     try:
+        settings["data"] = [*settings["data"], *config_dir(folder)]
         evaluate(settings.pop("run"), Settings(**settings))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graft.commands.train import main as train
-from graft.config.overrides import key_of, quoted
+from graft.config.overrides import config_dir, key_of, quoted
 from graft.config.renamed import current_override
 from graft.runs.entry import entry
 from graft.runs.folder import SWEEP
@@ -26,12 +26,16 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="its folder, or that of a sweep")
     parser.add_argument("overrides", nargs="*", default=[], help="like trainer.max_epochs=20")
+    parser.add_argument(
+        "--config-dir", default="", metavar="DIR", help="configs of your own, for the overrides"
+    )
     add_trust(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    overrides = [*arguments.overrides, *config_dir(arguments.config_dir)]
     if (arguments.run / SWEEP).is_file():
-        resume_sweep(arguments.run, arguments.overrides)
+        resume_sweep(arguments.run, overrides)
     else:
-        resume_run(arguments.run, arguments.overrides)
+        resume_run(arguments.run, overrides)
 
 
 def resume_sweep(sweep: Path, overrides: Sequence[str]) -> None:

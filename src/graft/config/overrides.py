@@ -84,13 +84,28 @@ def whole_command(hydra: Any, overrides: Sequence[str]) -> list[str]:
         if s.provider not in own
     ]
     kept = [_from_root(o) for o in overrides if key_of(o) != SEARCHPATH]
-    listed = ",".join(QuotedString(p, Quote.single).with_quotes() for p in places)
-    return [*kept, *([f"{SEARCHPATH}=[{listed}]"] if places else [])]
+    return [*kept, *([_searching(places)] if places else [])]
+
+
+def _searching(places: Sequence[str]) -> str:
+    """The override by which Hydra looks for configs in these places too."""
+    return f"{SEARCHPATH}=[{','.join(QuotedString(p, Quote.single).with_quotes() for p in places)}]"
 
 
 def search_path(overrides: Sequence[str]) -> list[str]:
-    """What `whole_command` has recorded of folders with configs."""
+    """Which overrides add folders with configs."""
     return [override for override in overrides if key_of(override) == SEARCHPATH]
+
+
+def config_dir(folder: str) -> list[str]:
+    """What Hydra's option `--config-dir` means as overrides, for commands that are not Hydra's.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if folder and not place(folder).is_dir():
+        raise ValueError(f"--config-dir {folder}: no such folder")
+    return [_searching([f"file://{place(folder)}"])] if folder else []
 
 
 def config_folders(overrides: Sequence[str]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import difflib
 import re
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from graft.config.checks import CHECKS, wrong_value
 from graft.config.conflicts import conflict
 from graft.config.names import visible
-from graft.config.overrides import is_path, place, to_type, unreadable
+from graft.config.overrides import config_dir, is_path, place, search_path, to_type, unreadable
 
 _PACKAGED = Path(__file__).parents[1] / "configs"  # in a wheel; a checkout has them at its top
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "configs"
@@ -177,11 +178,13 @@ def _known_keys() -> list[str]:
 
     GlobalHydra.instance().clear()
     # Of the plan, the data, ... that this command chooses.
-    given = _given_groups()
-    given += [a for a in sys.argv[1:] if a.startswith("hydra.searchpath=")]
+    given = [a for a in _given_groups() if "=" in a and "," not in a]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", default="")
+    own = config_dir(parser.parse_known_args(sys.argv[1:])[0].config_dir)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            config = compose("train", [a for a in given if "=" in a and "," not in a])
+            config = compose("train", [*search_path(sys.argv[1:]), *own, *given])
         except HydraException:
             config = compose("train")
     plain = OmegaConf.to_container(config, resolve=False)
