@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from filelock import FileLock
 
 import graft.runs.train as graft_train
+from graft.runs.folder import RunFolder
 from graft.sweeps import launch
 from graft.sweeps.processes import Processes, own_environment
 from graft.training.signals import SIGNALS
@@ -119,6 +121,25 @@ def test_a_sweep_that_is_running_is_not_started_again(graft: Graft, tmp_path: Pa
         done = graft("train", "-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert "another process is running the sweep in" in done.stderr
     assert not records(tmp_path)
+
+
+def test_what_another_process_has_finished_is_not_recorded_as_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that lost its process and was resumed by hand, while the sweep waited for its lock."""
+    folder = RunFolder.create(tmp_path, "job", {"seed": 0}, [])
+    job, locked = launch.Job(0, "", RunFolder.open(folder.path)), RunFolder.locked
+
+    @contextmanager
+    def finished_first(self: RunFolder) -> Iterator[None]:
+        folder.update(status="done", metrics={"val/acc": 0.5})
+        with locked(self):
+            yield
+
+    monkeypatch.setattr(RunFolder, "locked", finished_first)
+    job.settle("killed by SIGKILL")
+    assert (job.status, job.score) == ("done", 0.5)
+    assert "error" not in RunFolder.open(folder.path).record
 
 
 @pytest.mark.parametrize(

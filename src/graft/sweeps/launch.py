@@ -66,8 +66,11 @@ class Job:
     def settle(self, reason: str, status: str = "failed") -> None:
         """Read what came of it, or note the reason where its process could not."""
         self.folder = RunFolder.open(self.folder.path)
-        if self.status in UNENDED:
-            with suppress(ValueError), self.folder.locked():  # or another process is at it
+        if self.status not in UNENDED:
+            return
+        with suppress(ValueError), self.folder.locked():  # or another process is at it
+            self.folder = RunFolder.open(self.folder.path)  # or has ended it by now
+            if self.status in UNENDED:
                 self.folder.update(status=status, error=reason)
 
 
