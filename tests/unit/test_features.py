@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from graft.data.sources.folder import ImageFolder
 from graft.features.prefix import Extractor, FrozenPrefix
 from graft.features.store import FeatureStore
 from graft.models.torchvision import torchvision_backbone
@@ -24,6 +26,7 @@ from graft.storage.shards import ShardedRows
 from graft.storage.stored import StoredFeatures
 from graft.training.build import build, build_stages
 from graft.training.module import TransferModule
+from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Graft, Train, compose
 
 ROWS, SHAPE = 100, (3, 2)
@@ -337,3 +340,44 @@ def test_the_cache_command_lists_verifies_and_prunes(graft: Graft, tmp_path: Pat
     assert len(entries(tmp_path)) == 3
     graft("cache", "prune", "--all")
     assert entries(tmp_path) == set()
+
+
+def test_the_cache_command_goes_by_the_last_use_and_not_by_the_last_look(
+    graft: Graft, entry: ShardedRows, image_folders: Path, tmp_path: Path
+) -> None:
+    """Many disks note no times of access; here all were read just now."""
+    form = Preprocessing(32, 32)
+    images = ImageFolder(image_folders, tmp_path / "cache")
+    images.prepare(form)
+    entry.fill(expected)
+    features = shutil.copytree(entry.path, tmp_path / "cache" / "features-x")
+    old = time.time() - 40 * 86400
+    for file in (tmp_path / "cache").rglob("*"):
+        os.utime(file, (time.time(), old))
+    images.load(form)
+    assert "1 entries" in graft("cache", "prune", "--days", "30").stdout
+    assert not features.exists()
+
+
+def test_the_cache_command_beside_a_run_that_fills_the_cache(
+    graft: Graft, entry: ShardedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link to nothing is what a file that was listed and is gone looks like."""
+    entry.fill(expected)
+    cache = tmp_path / "cache"
+    shutil.copytree(entry.path, cache / "features-x")
+    (cache / "folder-x-native.partial").mkdir()
+    for gone in ("features-x/00001-7.partial", "features-x/00002-00000000.npy", "features-y"):
+        (cache / gone).symlink_to("nowhere")
+    for action in ("list", "verify"):
+        done = graft("cache", action)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "2 entries" in done.stdout
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    done = graft("cache", "prune", "--all")
+    assert done.returncode == 0
+    assert done.stdout.count(": Directory not empty") == 2

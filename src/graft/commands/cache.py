@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Entry:
     path: Path
     what: str
     bytes: int
-    days: float  # since it was last read or written
+    days: float  # since it was last used or written: see `mark_used`
 
     @property
     def line(self) -> str:
@@ -35,18 +36,22 @@ class Entry:
 def entries(cache: Path) -> list[Entry]:
     """Everything in the cache, largest first."""
     found = []
-    folders = cache.iterdir() if cache.is_dir() else []
-    for path in folders:
-        if not path.is_dir() or not path.name.startswith(PREFIXES):
-            continue
-        stats = [file.stat() for file in path.iterdir() if file.is_file()]
-        used = max([max(s.st_atime, s.st_mtime) for s in stats], default=path.stat().st_mtime)
-        found.append(
-            Entry(
-                path, _describe(path), sum(s.st_size for s in stats), (time.time() - used) / 86400
-            )
-        )
+    for path in cache.iterdir() if cache.is_dir() else []:
+        # No entry is a file, and a run may have renamed or deleted one since it was listed.
+        with suppress(NotADirectoryError, FileNotFoundError):
+            if path.name.startswith(PREFIXES):
+                found.append(_entry(path))
     return sorted(found, key=lambda entry: -entry.bytes)
+
+
+def _entry(path: Path) -> Entry:
+    used, size = path.stat().st_mtime, 0
+    for file in path.iterdir():
+        with suppress(FileNotFoundError):  # a run that fills it has renamed or deleted the file
+            stat = file.stat()
+            # Not the time of access: many disks note none, and to verify an entry is no use of it.
+            used, size = max(used, stat.st_mtime), size + stat.st_size
+    return Entry(path, _describe(path), size, (time.time() - used) / 86400)
 
 
 def _describe(path: Path) -> str:
@@ -66,8 +71,16 @@ def damaged(entry: Entry) -> list[Path]:
     Features by their checksums, decoded images by their sizes.
     """
     if entry.path.name.startswith("features-"):
-        return [path for path in sorted(entry.path.glob("*-*.npy")) if not is_whole(path)]
-    return [] if read_entry(entry.path) is not None else [entry.path]
+        return [path for path in sorted(entry.path.glob("*-*.npy")) if _is_torn(path)]
+    unfinished = entry.path.suffix == ".partial" or not entry.path.exists()
+    return [] if unfinished or read_entry(entry.path) is not None else [entry.path]
+
+
+def _is_torn(shard: Path) -> bool:
+    try:
+        return not is_whole(shard)
+    except FileNotFoundError:  # a run has put another in its place
+        return False
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -93,7 +106,11 @@ def main(arguments: Sequence[str]) -> None:
         elif options.action == "list":
             print(visible(entry.line))
         elif options.all or entry.days >= options.days:
-            shutil.rmtree(entry.path)
+            try:
+                shutil.rmtree(entry.path)
+            except OSError as error:  # it is somebody else's, or a run is filling it
+                print(f"left    {visible(entry.line)}: {error.strerror}")
+                continue
             kept.remove(entry)
             print(f"deleted {visible(entry.line)}")
     print(f"{len(kept)} entries, {readable(sum(e.bytes for e in kept))} in {cache}")

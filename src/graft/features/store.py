@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,7 +18,7 @@ import graft
 from graft.data.datasets import views_count
 from graft.features.prefix import Extractor, FrozenPrefix
 from graft.storage.digests import entry_path, module_digest, source_of
-from graft.storage.disk import readable
+from graft.storage.disk import mark_used, readable
 from graft.storage.shards import ShardedRows
 from graft.storage.stored import StoredFeatures
 from graft.transforms import boxes, draws, images
@@ -185,5 +184,5 @@ class FeatureStore:
             self.tell(f"features  {split}: {seconds:.1f} s, {images / seconds:.0f} images/s")
         else:
             self.tell(f"features  {split}: stored already, {readable(entry.bytes)}")
-            os.utime(entry.path / "about.json")  # `graft cache prune` goes by it
+            mark_used(entry.path / "about.json")
         return StoredFeatures(entry, views_count(self._views(split)), self.device)

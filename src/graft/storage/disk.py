@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -63,6 +63,12 @@ def remove_leftovers(*folders: Path) -> None:
         for path in folder.glob(".*"):
             if LEFTOVER.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
+
+
+def mark_used(path: Path) -> None:
+    """Note by the time of a file that what it belongs to is in use: `graft cache prune` goes by it."""
+    with suppress(OSError):  # the cache is somebody else's, and only they prune it
+        os.utime(path)
 
 
 @contextmanager

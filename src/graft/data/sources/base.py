@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from graft.storage.disk import mark_used
 from graft.storage.npy import NpyWriter
 from graft.storage.reading import read_json
 
@@ -157,6 +158,7 @@ def open_entry(entry: Path) -> Splits:
     info = read_entry(entry)
     if info is None:
         raise FileNotFoundError(f"{entry}: no complete cache entry; call prepare() before load()")
+    mark_used(entry / "entry.json")
 
     def array(file: str) -> NDArray[Any] | None:
         return np.load(entry / file) if file in info["files"] else None
