@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from graft.data.datamodule import TransferDataModule
+from graft.data.datasets import ImageDataset
 from graft.data.sources.folder import ImageFolder
 from graft.features.prefix import Extractor, FrozenPrefix
 from graft.features.store import FeatureStore
@@ -227,6 +229,44 @@ def test_features_of_anything_else_are_another_entry(tmp_path: Path, change: str
     assert entries(tmp_path) == one
     store(tmp_path, change).features(["train"])
     assert len(entries(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("trainable", ["head", "1"])
+def test_what_is_too_large_is_known_before_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str
+) -> None:
+    limit = ["transfer.stages.probe.cache=auto", "transfer.stages.probe.cache_limit_gb=0.0000001"]
+    made = store(tmp_path, *limit, f"transfer.stages.probe.trainable={trainable}")
+    said: list[str] = []
+    made.tell = said.append
+
+    def forbidden(*arguments: Any) -> None:
+        raise AssertionError("all images were read")
+
+    monkeypatch.setattr(TransferDataModule, "digest", forbidden)
+    assert made.features(["train", "val"]) == {}
+    assert "its features would take" in said[0]
+
+
+def test_the_record_of_a_source_stands_for_the_pixels(
+    image_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same rows, files and decoding, without a look at them."""
+    monkeypatch.delattr("graft.data.datasets.images_digest")
+
+    def digest(rows: range = range(9), **arguments: Any) -> str:
+        source, form = ImageFolder(image_folders, tmp_path, **arguments), Preprocessing(32, 32)
+        source.prepare(form)
+        return ImageDataset(source.load(form).train, np.array(rows)).digest()
+
+    first = digest()
+    assert digest(range(1, 10)) != first
+    assert digest(background="black") != first
+    dark, light = (image_folders / "train" / name for name in ("dark", "light"))
+    (light / "0.jpg").unlink()
+    assert digest() == first  # the first nine are dark
+    (dark / "0.jpg").write_bytes((light / "1.jpg").read_bytes())
+    assert digest() != first
 
 
 def test_another_library_version_or_other_code_is_another_entry(

@@ -21,7 +21,6 @@ from graft.data.resident import ResidentDataset, resides
 from graft.data.sample_transform import SampleTransformed, WithEpoch
 from graft.data.sources.base import Source
 from graft.data.splits import check_splits, draw_splits
-from graft.storage.digests import images_digest
 from graft.storage.stored import StoredFeatures
 from graft.transforms.images import Augment, Prepare
 from graft.transforms.preprocessing import Preprocessing
@@ -338,10 +337,9 @@ class TransferDataModule(L.LightningDataModule):
         return self.prepare_images(images)
 
     def digest(self, split: str) -> str:
-        """SHA-256 of a split's images in their order."""
+        """That of `ImageDataset.digest`."""
         if split not in self.digests:
-            dataset = self.splits[split]
-            self.digests[split] = images_digest(dataset.images, dataset.rows)
+            self.digests[split] = self.splits[split].digest()
         return self.digests[split]
 
     @property

@@ -66,6 +66,11 @@ class FrozenPrefix:
             log.warning("folding BatchNorm changes the features of this backbone: left as it is")
             self.module = self.plain
 
+    @torch.inference_mode()
+    def row_shape(self, images: Tensor) -> tuple[int, ...]:
+        """The shape of what comes out for each image."""
+        return tuple(self.plain(images).shape[1:])
+
     def ready(self, images: Tensor) -> None:
         """Fold now: threads must not do it side by side."""
         if self.module is None:

@@ -99,8 +99,9 @@ class FeatureStore:
         if reason is None and self.limited and stage.cache == "auto" and stage.solver == "sgd":
             reason = "few batches are run (limit_..._batches)"
         if reason is None:
-            entries = {split: self._entry(split) for split in splits}
-            needed = sum(entry.bytes for entry in entries.values())
+            # Before all images are looked at for the names of their features.
+            row = np.empty(self._row_shape(splits[0]), stage.cache_dtype)
+            needed = row.nbytes * sum(map(self._rows, splits))
             if needed > 1e9 * stage.cache_limit_gb:
                 reason = (
                     f"its features would take {readable(needed)} (cache_limit_gb is "
@@ -112,6 +113,7 @@ class FeatureStore:
             if self.cut > 0:
                 self.tell(f"features  not stored, computed in every epoch: {reason}")
             return {}
+        entries = {split: self._entry(split, row.shape) for split in splits}
         return {split: self._filled(split, entry) for split, entry in entries.items()}
 
     def backbone_features(self, split: str) -> Iterator[Tensor]:
@@ -127,6 +129,14 @@ class FeatureStore:
     def _views(self, split: str) -> str | int:
         return self.stage.views if split == "train" else "none"
 
+    def _rows(self, split: str) -> int:
+        return len(self.datamodule.splits[split]) * views_count(self._views(split))
+
+    def _row_shape(self, split: str) -> tuple[int, ...]:
+        if self.cut == len(self.backbone.blocks):
+            return (self.backbone.num_features,)
+        return self.prefix.row_shape(self.datamodule.prepared(split, range(1), self.device))
+
     def _extractor(self, split: str) -> Extractor:
         device, views = self.device, self._views(split)
         extractor = Extractor(
@@ -137,7 +147,7 @@ class FeatureStore:
         extractor.workers = self.workers
         return extractor
 
-    def _entry(self, split: str) -> ShardedRows:
+    def _entry(self, split: str, row_shape: tuple[int, ...]) -> ShardedRows:
         """Where a split's features are or will be: a name made of all that decides them."""
         backbone, data, stage = self.backbone, self.datamodule, self.stage
         self.digest = self.digest or module_digest(self.prefix.plain)
@@ -156,20 +166,14 @@ class FeatureStore:
             "device": self.device.type,
             "versions": (graft.__version__, torch.__version__, torchvision.__version__),
         }
-        path = entry_path(self.cache, parts)
-        shape = ShardedRows.known_shape(path)
-        if shape is None:
-            shape = tuple(self.prefix(data.prepared(split, range(1), self.device)).shape[1:])
-        count = views_count(views)
         about = {
             "backbone": backbone.description or "a backbone",
             "blocks": f"{self.cut} of {len(backbone.blocks)}",
-            "rows": f"{len(data.splits[split])} images of {split}, {count} views",
+            "rows": f"{len(data.splits[split])} images of {split}, {views_count(views)} views",
             "input": f"{data.preprocessing.crop_size} px",
         }
-        return ShardedRows(
-            path, len(data.splits[split]) * count, shape, stage.cache_dtype, about=about
-        )
+        path = entry_path(self.cache, parts)
+        return ShardedRows(path, self._rows(split), row_shape, stage.cache_dtype, about=about)
 
     def _filled(self, split: str, entry: ShardedRows) -> StoredFeatures:
         if missing := len(entry.missing()):

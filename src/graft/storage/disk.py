@@ -66,7 +66,7 @@ def remove_leftovers(*folders: Path) -> None:
 
 
 def mark_used(path: Path) -> None:
-    """Note by the time of a file that what it belongs to is in use: `graft cache prune` goes by it."""
+    """Note by a file's time that what it belongs to is in use: `graft cache prune` goes by it."""
     with suppress(OSError):  # the cache is somebody else's, and only they prune it
         os.utime(path)
 

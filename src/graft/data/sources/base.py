@@ -38,6 +38,8 @@ class Split:
     labels: NDArray[np.int64]  # (N,)
     names: NDArray[np.bytes_] | None = None  # (N,) paths below the root; None: positions
     digests: NDArray[np.uint64] | None = None  # (N,) `content_digest` of each; None: of its pixels
+    # How images were made of what has these digests: together they stand for the pixels.
+    decoding: str | None = None
     # (N, T), where an image has several labels, or numbers: labels are 0 then, `classes` T names.
     targets: NDArray[np.float32] | None = None
 
@@ -168,8 +170,10 @@ def open_entry(entry: Path) -> Splits:
             return None
         images = np.load(entry / f"{name}-images.npy", mmap_mode="r")
         labels = np.load(entry / f"{name}-labels.npy")
-        more = (array(f"{name}-{what}.npy") for what in ("names", "digests", "targets"))
-        return Split(images, labels, *more)
+        names, digests, targets = (
+            array(f"{name}-{what}.npy") for what in ("names", "digests", "targets")
+        )
+        return Split(images, labels, names, digests, info.get("decoding"), targets)
 
     train = split("train")
     if train is None:

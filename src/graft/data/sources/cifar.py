@@ -100,7 +100,7 @@ class Cifar10(Source):
                         digests += map(content_digest, batch["data"])
                         labels += batch["labels"]
                 save_items(folder, split, labels, digests)
-            seal(folder, meta[self.official.meta["key"]])
+            seal(folder, meta[self.official.meta["key"]], decoding="none: digests are of pixels")
 
     def _read(self) -> dict[str, bytes]:
         """Name -> content of the batch files, unpacked or from the archive; checksums verified."""

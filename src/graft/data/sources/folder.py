@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import PIL
 
 from graft.config.names import visible
 from graft.data.sources.base import Source, Splits, open_entry, read_entry, save_items, seal
@@ -109,10 +110,7 @@ class ImageFolder(Source):
 
     def _entry(self, digest: str, p: Preprocessing | None) -> Path:
         """Of images resized by `p`, or of images as they are."""
-        form = "native" if p is None else f"{p.resize_size}-{p.crop_size}-{p.interpolation}"
-        if p is not None and p.crop_mode != "center":
-            form += f"-{p.crop_mode}"
-        return self.cache / f"folder-{digest}-{form}"
+        return self.cache / f"folder-{digest}-{_form(p)}"
 
     def _find(self, digest: str, preprocessing: Preprocessing) -> Path | None:
         native = read_entry(self._entry(digest, None))
@@ -255,6 +253,7 @@ class ImageFolder(Source):
                 deep=seen["deep"],
                 transparent=seen["transparent"],
                 value_range=reading.value_range,
+                decoding=f"{FORMAT} {_form(resize)} {reading} Pillow {PIL.__version__}",
             )
 
     def _save(
@@ -287,6 +286,13 @@ class EvalFolder(ImageFolder):
 
     def _say_listing(self, listing: Listing) -> None:
         super()._say_listing(replace(listing, folders={}))  # "train" is not what it is
+
+
+def _form(p: Preprocessing | None) -> str:
+    if p is None:
+        return "native"
+    mode = "" if p.crop_mode == "center" else f"-{p.crop_mode}"
+    return f"{p.resize_size}-{p.crop_size}-{p.interpolation}{mode}"
 
 
 def _chunks(items: list[tuple[str, int]], length: int) -> list[list[tuple[str, int]]]:
