@@ -10,7 +10,7 @@ from rich.console import Console
 from graft.reporting import report
 from graft.runs.startup import is_first_process
 from graft.training.build import processes
-from graft.training.trainer import trainer_options
+from graft.training.trainer import describe_device, trainer_options
 from tests.conftest import Train, compose
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}
@@ -90,3 +90,10 @@ def test_tables_are_not_cut_where_output_goes_to_a_file(
     header = next(line for line in capsys.readouterr().out.splitlines() if "tensors" in line)
     assert "weight_decay" in header
     assert "…" not in header
+
+
+def test_the_device_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = trainer_options(compose("trainer=cpu")["trainer"])
+    for threads, words in {1: "CPU, 1 thread, devices=1", 2: "CPU, 2 threads, devices=1"}.items():
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        assert describe_device(options) == f"{words}, precision 32-true"

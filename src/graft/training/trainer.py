@@ -93,7 +93,8 @@ def describe_device(options: dict[str, Any]) -> str:
     if where == "gpu":
         where = torch.cuda.get_device_name()
     elif where == "cpu":
-        where = f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        where = f"CPU, {threads} thread{'s' * (threads > 1)}"
     return f"{where}, devices={options['devices']}, precision {options['precision']}"
 
 
