@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 from importlib import import_module
+from typing import Any
 
 from graft import __version__
 from graft.config.names import visible
 
 COMMANDS = ("train", "resume", "compare", "eval", "board", "cache")
+INTERRUPTED = b"graft: interrupted\n"
 SHELL = ("-sc", "--shell-completion")
 HELP = f"""graft {__version__}: transfer learning with a pretrained backbone and a new head
 
@@ -45,20 +47,32 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as Python's own stderr
     try:
         _run()
+    except KeyboardInterrupt:
+        os.write(2, INTERRUPTED)
+        sys.exit(130)
     except SystemExit as error:
         if isinstance(error.code, str):  # a message, with names of files and classes in it
             sys.exit(visible(error.code, keep="\n"))
         raise
 
 
+def _interrupted(signum: int, frame: Any) -> None:
+    """Ctrl-C while nothing is there to be saved, during imports say, which may catch what is
+    raised: one line, and the end that a shell expects.
+    """
+    os.write(2, INTERRUPTED)
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+
+
 def _run() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    # No traceback: the others clean up, and a run soon has its own handlers.
+    # Of the others, one waits for Ctrl-C and one cleans up; a run soon has its own handlers.
     if (
         command not in ("board", "eval")
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, _interrupted)
     if command in ("-h", "--help", "help"):
         print(HELP, end="")
     elif command == "--version":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,27 @@ def test_errors_in_the_config_are_found_before_heavy_imports(
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert error(graft_process, "seed=abc").startswith("seed=abc: must be a whole number")
+    photos = ["data=image_folder", f"data.root={tmp_path}"]
+    for mistyped, message in {
+        "data.root=no": f"{tmp_path}/no: no such folder; data.root= says where the images are",
+        "backbone.weights=no.pth": f"backbone.weights={tmp_path}/no.pth: neither a file nor a run",
+    }.items():
+        assert error(graft_process, *photos, mistyped).startswith(message)
+
+
+@pytest.mark.parametrize(("command", "code"), [(["train"], -signal.SIGINT), (["eval", "RUN"], 130)])
+def test_ctrl_c_during_imports_is_one_line(
+    graft_process: Graft,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: list[str],
+    code: int,
+) -> None:
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = graft_process(*command)
+    assert (done.returncode, done.stderr) == (code, "graft: interrupted\n")
 
 
 @pytest.mark.slow

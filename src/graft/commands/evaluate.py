@@ -127,8 +127,6 @@ def main(arguments: Sequence[str]) -> None:
     try:
         settings["data"] = [*settings["data"], *config_dir(folder)]
         evaluate(settings.pop("run"), Settings(**settings))
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

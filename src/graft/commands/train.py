@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from graft.config.conflicts import without_effect
+from graft.config.conflicts import missing_path, without_effect
 from graft.config.names import visible
 from graft.config.overrides import whole_command
 from graft.config.resolved import CONFIGS, check, chosen_options, explain
@@ -34,7 +34,7 @@ def job(config: DictConfig) -> float:
     plain = check(config)  # before torch is imported
     hydra_config = HydraConfig.get()
     overrides = whole_command(hydra_config, hydra_config.overrides.task)
-    if problem := without_effect(plain, overrides):
+    if problem := without_effect(plain, overrides) or missing_path(plain):
         raise ValueError(problem)
     if hydra_config.mode == RunMode.MULTIRUN:
         raise ValueError(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from graft.config.overrides import is_path
+
+IMAGE_FOLDER = "graft.data.sources.folder.ImageFolder"
 PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
 
 # Callbacks of Lightning's that have no place in a run, and what has.
@@ -37,6 +41,16 @@ def conflict(plain: dict[str, Any]) -> str | None:
         or _logger_problem(plain)
         or _callback_problem(plain)
     )
+
+
+def missing_path(plain: dict[str, Any]) -> str | None:
+    """The first path of a new run that there is not; data that is downloaded need not be there."""
+    source, weights = plain["data"]["source"], plain["backbone"].get("weights")
+    if source["_target_"] == IMAGE_FOLDER and not Path(source["root"]).is_dir():
+        return f"{source['root']}: no such folder; data.root= says where the images are"
+    if is_path("backbone.weights", weights) and not Path(weights).exists():
+        return f"backbone.weights={weights}: neither a file nor a run folder of graft"
+    return None
 
 
 def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | None:
