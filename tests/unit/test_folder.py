@@ -12,7 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from graft.data.datamodule import TransferDataModule
 from graft.data.sources.folder import ImageFolder
+from graft.transforms.images import Augment
+from graft.transforms.preprocessing import Preprocessing
 from tests.unit.source_files import (
     BLUE,
     GREEN,
@@ -128,6 +131,25 @@ def test_mixed_sizes_keep_the_central_square(tmp_path: Path, cache: Path) -> Non
     reference = np.asarray(whole)[:, 16:32].transpose(2, 0, 1)  # resize, then crop
     assert np.abs(images[0].astype(int) - reference).max() <= 1
     assert np.abs(images[2].astype(int) - 127).max() < 8  # averaged, not sampled
+
+
+@pytest.mark.parametrize("augment", [True, False, {"scale": [0.1, 1]}])
+def test_crops_that_cannot_leave_the_central_square_are_said(
+    root: Path, cache: Path, augment: bool | dict[str, Any]
+) -> None:
+    for name, size in (("wide", (48, 24)), ("large", (48, 48))):
+        Image.new("RGB", size).save(root / "train" / "cat" / f"{name}.png")
+    scale = None if isinstance(augment, dict) else [0.2, 1]
+    data = TransferDataModule(
+        ImageFolder(root, cache), Preprocessing(24, 24), augment=Augment(scale=scale)
+    )
+    data.prepare_data()
+    data.setup()
+    said = [note for note in data.notes(steps=False, augments=[augment]) if "crops" in note]
+    assert said == (augment is not False) * [
+        "data.augment.scale crops from the central square of an image: of 1 that are longer one "
+        "way the ends are never seen"
+    ]
 
 
 def test_one_different_image_at_the_end_resizes_all(root: Path, cache: Path) -> None:

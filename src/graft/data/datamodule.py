@@ -168,12 +168,21 @@ class TransferDataModule(L.LightningDataModule):
             )
         self.splits = splits
 
-    def notes(self, *, steps: bool) -> Iterator[str]:
+    def notes(
+        self, *, steps: bool, augments: Sequence[bool | Mapping[str, Any]] = ()
+    ) -> Iterator[str]:
         """What a user should know of the training images.
 
         Args:
             steps: whether they are trained on in steps, not solved for.
+            augments: what each stage says of augmentation.
         """
+        used = map(self._augment_of, augments)
+        if self.loaded.cut and any(augment and augment.scale for augment in used):
+            yield (
+                "data.augment.scale crops from the central square of an image: of "
+                f"{self.loaded.cut:,} that are longer one way the ends are never seen"
+            )
         train = self.splits["train"]
         absent = sorted({*range(self.num_classes)} - {*train.labels.tolist()})
         if absent and train.targets is None:
@@ -235,13 +244,16 @@ class TransferDataModule(L.LightningDataModule):
         """
         self.stage_index = index
         self.stage_augments = augment is not False
-        self.stage_augment = self.augment if self.stage_augments else None
-        if isinstance(augment, Mapping):
-            self.stage_augment = dataclasses.replace(self.augment or Augment(), **augment)
+        self.stage_augment = self._augment_of(augment)
         self.preprocessing = self.own_preprocessing.at(image_size)
         self.prepare_images = Prepare(self.preprocessing)
         self.features = {}
         self.stage_views = views
+
+    def _augment_of(self, stage: bool | Mapping[str, Any]) -> Augment | None:
+        if isinstance(stage, Mapping):
+            return dataclasses.replace(self.augment or Augment(), **stage)
+        return self.augment if stage else None
 
     def loader(
         self, split: str, *, train: bool, like: int | None = None, number: int = 0

@@ -186,7 +186,8 @@ def train(
         train_images = len(datamodule.splits["train"])
         folder.update(device=device, train_images=train_images, data=record.summary())
         report.print_start(module.backbone, module.head, datamodule, device, path)
-        for note in datamodule.notes(steps=any(stage.solver == "sgd" for stage in stages)):
+        steps = any(stage.solver == "sgd" for stage in stages)
+        for note in datamodule.notes(steps=steps, augments=[stage.augment for stage in stages]):
             report.say(f"note: {note}")
         params = tensorboard.hyperparameters(config, folder.record["choices"], stages, datamodule)
         tensorboard.log_start(config, params, folder.record["overrides"], loggers)

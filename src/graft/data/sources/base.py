@@ -52,6 +52,7 @@ class Splits:
     test: Split | None
     # What was black and white in images of more than 8 bits; other images are to be read alike.
     value_range: tuple[float, float] | None = None
+    cut: int = 0  # images of which only the central square is here
     # Others by name, of which tasks train on some: see `Task.streams`. Labels of -1: unknown.
     more: Mapping[str, Split] = field(default_factory=dict)
 
@@ -179,6 +180,5 @@ def open_entry(entry: Path) -> Splits:
     if train is None:
         raise FileNotFoundError(f"{entry}: the cache entry has no train split; delete it")
     limits = info.get("value_range")
-    return Splits(
-        info["classes"], train, split("val"), split("test"), tuple(limits) if limits else None
-    )
+    limits = tuple(limits) if limits else None
+    return Splits(info["classes"], train, split("val"), split("test"), limits, info.get("cut", 0))

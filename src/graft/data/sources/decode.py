@@ -142,14 +142,16 @@ def decode(
     the first frame is taken.
 
     Args:
-        seen: counts images that are "deep" or "transparent".
+        seen: counts images that are "deep", "transparent", or "cut" to a square.
     """
+    seen = Counter() if seen is None else seen
     with open_image(file) as image:
         if resize is None and image.size != (side, side):
             raise MixedSizesError(f"{image.size}")
         with _memory_for(image, side, reading):
-            rgb = _rgb(image, file, reading, Counter() if seen is None else seen)
+            rgb = _rgb(image, file, reading, seen)
             if resize is not None:
+                seen["cut"] += resize.resized(rgb.height, rgb.width) != (side, side)
                 rgb = _resized(rgb, resize)
     if rgb.mode == "L":
         rgb = rgb.convert("RGB")

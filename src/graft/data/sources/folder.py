@@ -252,6 +252,7 @@ class ImageFolder(Source):
                 lost=lost,
                 deep=seen["deep"],
                 transparent=seen["transparent"],
+                cut=seen["cut"],
                 value_range=reading.value_range,
                 decoding=f"{FORMAT} {_form(resize)} {reading} Pillow {PIL.__version__}",
             )
