@@ -22,7 +22,7 @@ from filelock import FileLock
 import graft.runs.train as graft_train
 from graft.runs.folder import RunFolder
 from graft.sweeps import launch
-from graft.sweeps.processes import Processes, own_environment
+from graft.sweeps.processes import Processes, environment_without_ranks
 from graft.training.signals import SIGNALS
 from tests.conftest import TINY, Graft
 
@@ -137,7 +137,7 @@ def test_what_another_process_has_finished_is_not_recorded_as_failed(
             yield
 
     monkeypatch.setattr(RunFolder, "locked", finished_first)
-    job.settle("killed by SIGKILL")
+    job.record_end("killed by SIGKILL")
     assert (job.status, job.score) == ("done", 0.5)
     assert "error" not in RunFolder.open(folder.path).record
 
@@ -259,7 +259,7 @@ def test_what_makes_a_process_a_rank_is_not_passed_on(monkeypatch: pytest.Monkey
     for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "PL_GLOBAL_SEED"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("GRAFT_CACHE", "x")
-    environment = own_environment()
+    environment = environment_without_ranks()
     assert environment["GRAFT_CACHE"] == "x"
     assert not {"LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "PL_GLOBAL_SEED"} & {
         *environment

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import ImageDataset
-from graft.data.resident import ResidentDataset, resides
+from graft.data.resident import ResidentDataset, fits_on_gpu
 from graft.data.sample_transform import SampleTransformed
 from graft.training.build import build
 from graft.transforms.boxes import BOX_DRAWS, box_matrices, random_boxes
@@ -305,7 +305,7 @@ def test_resident_images_train_as_others_do(
     train_tiny: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = train_tiny("data.num_workers=1").state()
-    monkeypatch.setattr("graft.data.datamodule.resides", lambda *_: True)
+    monkeypatch.setattr("graft.data.datamodule.fits_on_gpu", lambda *_: True)
     loaders: list[Any] = []
     original = TransferDataModule.loader
 
@@ -329,6 +329,6 @@ def test_resident_images_need_a_gpu_and_room(train_tiny: Train, monkeypatch: Any
     size = 44 * 3 * 32 * 32
     for free, fits in ((4 * size, True), (4 * size - 4, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
-        assert resides("auto", split, gpu) is fits
-        assert resides("on", split, gpu)
-        assert not resides("off", split, gpu)
+        assert fits_on_gpu("auto", split, gpu) is fits
+        assert fits_on_gpu("on", split, gpu)
+        assert not fits_on_gpu("off", split, gpu)

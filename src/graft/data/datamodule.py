@@ -17,7 +17,7 @@ from graft.data.datasets import Batch, FeatureDataset, ImageDataset, drawn_view,
 from graft.data.items import SplitRecord
 from graft.data.loaders import Batches, whole_batches
 from graft.data.order import BatchOrder
-from graft.data.resident import ResidentDataset, resides
+from graft.data.resident import ResidentDataset, fits_on_gpu
 from graft.data.sample_transform import SampleTransformed, WithEpoch
 from graft.data.sources.base import Source
 from graft.data.splits import check_splits, draw_splits
@@ -41,7 +41,7 @@ class TransferDataModule(L.LightningDataModule):
         resize_size: shorter side before the central crop, if other than `image_size`.
         stage_sizes: sides that stages of the plan set for themselves.
         sample_transform: for single training images, in the workers; see `SampleTransformed`.
-        resident: whether images live on the GPU: "auto", "on" or "off"; see `resides`.
+        resident: whether images live on the GPU: "auto", "on" or "off"; see `fits_on_gpu`.
         val_fraction: part of the training images held out for model selection, where the source
             has no validation split of its own. Stratified and drawn with `split_seed`, never with
             the run's seed. Likewise `test_fraction` where there is no test split.
@@ -286,7 +286,7 @@ class TransferDataModule(L.LightningDataModule):
             drop_last=train and (self.drop_last or like is not None),
             seed=self.stage_seed + 7_368_787 * number,
             epoch=self._epoch if self.reshuffle else lambda: 0,
-            first=(lambda: self._place()[1]) if train else lambda: 0,
+            first=(lambda: self._epoch_and_first_batch()[1]) if train else lambda: 0,
             rank=trainer.global_rank if trainer else 0,
             world_size=world_size,
         )
@@ -309,7 +309,7 @@ class TransferDataModule(L.LightningDataModule):
         if train and self.stage_augments and self.sample_transform is not None:
             dataset = SampleTransformed(self.splits[split], self.sample_transform, self.stage_seed)
             sampler = WithEpoch(batches)
-        elif split in self.residents or resides(self.resident, self.splits[split], device):
+        elif split in self.residents or fits_on_gpu(self.resident, self.splits[split], device):
             if split not in self.residents:
                 self.residents[split] = ResidentDataset(self.splits[split], device)
             dataset = self.residents[split]
@@ -382,7 +382,7 @@ class TransferDataModule(L.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         return self.transform(batch, augment=training, epoch=self._epoch())
 
-    def _place(self) -> tuple[int, int]:
+    def _epoch_and_first_batch(self) -> tuple[int, int]:
         """The epoch, and the batch it goes on with: 0, unless it was interrupted.
 
         From the counters of Lightning's loops, which checkpoints restore; `trainer.current_epoch`
@@ -395,7 +395,7 @@ class TransferDataModule(L.LightningDataModule):
         return epochs.processed, batches.processed if epochs.ready > epochs.processed else 0
 
     def _epoch(self) -> int:
-        return self._place()[0]
+        return self._epoch_and_first_batch()[0]
 
     def transform(self, batch: Batch, *, augment: bool, epoch: int = 0) -> Batch:
         """The batch with its images normalised; if `augment`, as the stage trains on them."""

@@ -41,13 +41,13 @@ def whole_batches(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # a batch, not a list of samples
+        collate_fn=identity,  # type: ignore[arg-type]  # a batch, not a list of samples
         generator=torch.Generator(),  # iterating must not consume the global RNG
         worker_init_fn=_leave_process_group,
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def identity(batch: Batch) -> Batch:
     return batch
 
 

@@ -41,7 +41,7 @@ class ResidentDataset(Dataset["Batch"]):
         return batch
 
 
-def resides(mode: str, dataset: ImageDataset, device: torch.device) -> bool:
+def fits_on_gpu(mode: str, dataset: ImageDataset, device: torch.device) -> bool:
     """Whether a split's images should live on `device`.
 
     Args:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 
 
-def why_not(backbone: Backbone, cut: int, datamodule: TransferDataModule) -> str | None:
+def reason_not_storable(backbone: Backbone, cut: int, datamodule: TransferDataModule) -> str | None:
     """Why a stage can't train from stored features; None if it can."""
     if cut == 0:
         return "its first block learns"
@@ -95,7 +95,7 @@ class FeatureStore:
         stage = self.stage
         if stage.cache == "off":
             return {}
-        reason = why_not(self.backbone, self.cut, self.datamodule)
+        reason = reason_not_storable(self.backbone, self.cut, self.datamodule)
         if reason is None and self.limited and stage.cache == "auto" and stage.solver == "sgd":
             reason = "few batches are run (limit_..._batches)"
         if reason is None:

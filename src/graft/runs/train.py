@@ -45,7 +45,7 @@ def run_in_folder(
 
     with StopSignals(end).handled() as stop:
         try:
-            with stop.blamed():
+            with stop.explaining_lost_ranks():
                 metrics, _ = train(config, folder, resumed, stop)
         except Preempted as error:
             stop.ending = True

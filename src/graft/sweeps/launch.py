@@ -63,7 +63,7 @@ class Job:
         monitor, _ = objective(self.folder.record["config"])
         return float(self.folder.record["metrics"].get(monitor, "nan"))
 
-    def settle(self, reason: str, status: str = "failed") -> None:
+    def record_end(self, reason: str, status: str = "failed") -> None:
         """Read what came of it, or note the reason where its process could not."""
         self.folder = RunFolder.open(self.folder.path)
         if self.status not in UNENDED:

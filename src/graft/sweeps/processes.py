@@ -106,7 +106,7 @@ class Processes:
     def environment(self, chosen: Sequence[str]) -> dict[str, str]:
         mine = {"CUDA_VISIBLE_DEVICES": ",".join(sorted(chosen))} if self.on_gpus else {}
         threads = max(1, cores() // len(self.slots))
-        return {"OMP_NUM_THREADS": str(threads), **own_environment(), **mine}
+        return {"OMP_NUM_THREADS": str(threads), **environment_without_ranks(), **mine}
 
     def spawn(self, job: Job, environment: dict[str, str]) -> None:
         path = job.folder.path
@@ -130,7 +130,7 @@ class Processes:
         self.free += self.taken.pop(job.number, [])
         with suppress(ProcessLookupError):  # ranks that outlive the first one
             os.killpg(process.pid, signal.SIGKILL)
-        job.settle(_reason(job, code) if code else "ended without a result")
+        job.record_end(_reason(job, code) if code else "ended without a result")
         return True
 
     def stop(self, jobs: Sequence[Job]) -> None:
@@ -151,7 +151,7 @@ class Processes:
                     os.killpg(process.pid, signal.SIGCONT)  # one that is stopped could not save
             for job, process in processes:
                 process.wait()
-                job.settle("stopped with the sweep, before it could save", "preempted")
+                job.record_end("stopped with the sweep, before it could save", "preempted")
 
 
 class InProcess(Processes):
@@ -180,14 +180,14 @@ class InProcess(Processes):
         console.print(f"job {job.number + 1}: {job.label}")
         if job.trainer["strategy"] != "auto" or ranks(job.trainer) != 1:
             console.print(f"its own processes; see {job.folder.path}/output.log")
-            self.spawn(job, own_environment())
+            self.spawn(job, environment_without_ranks())
             return True
         try:
             resume_run(job.folder.path, trusted=job.trusted)
             reason = ""
         except Exception as error:  # whatever it is, the next job is another one
             reason = explain(error)
-        job.settle(reason)
+        job.record_end(reason)
         return True
 
     def has_ended(self, job: Job) -> bool:
@@ -217,7 +217,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def own_environment() -> dict[str, str]:
+def environment_without_ranks() -> dict[str, str]:
     """Ours, without what makes a process a rank of something else."""
     return {key: value for key, value in os.environ.items() if not RANK.fullmatch(key)}
 

@@ -69,7 +69,7 @@ class Slurm:
         if not submitted.done():
             return False
         del self.submitted[job.number]
-        job.settle(f"ended as {submitted.state}; see {submitted.paths.stdout}")
+        job.record_end(f"ended as {submitted.state}; see {submitted.paths.stdout}")
         return True
 
     def stop(self, jobs: Sequence[Job]) -> None:

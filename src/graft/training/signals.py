@@ -141,7 +141,7 @@ class StopSignals:
                 signal.signal(signal.SIGINT, before)
 
     @contextmanager
-    def blamed(self) -> Iterator[None]:
+    def explaining_lost_ranks(self) -> Iterator[None]:
         """Turns the error of a collective into what is behind it: another rank that ended.
 
         Raises:
