@@ -227,7 +227,7 @@ PAST_MEMORY = """
 import sys
 from pathlib import Path
 import numpy as np, torch
-from graft.storage.digests import StoredFeatures
+from graft.storage.stored import StoredFeatures
 from graft.storage.shards import ShardedRows
 
 rows = ShardedRows(Path(sys.argv[1]), int(sys.argv[2]) * 2**20 // 4096, (1024,))
