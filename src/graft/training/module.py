@@ -129,7 +129,8 @@ class TransferModule(L.LightningModule):
             mean = torch.where(loss.isfinite(), loss, torch.nan).nanmean() if loss.ndim else loss
             self.log("train/loss_step", mean.detach(), batch_size=1)
         if self.trainer.is_last_batch and self.grid is None:
-            self.log("train/loss", self._mean_trained(), on_step=False, on_epoch=True, batch_size=1)
+            mean = self._mean_trained()  # of all ranks: to average equal values changes nothing
+            self.log("train/loss", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return loss.sum()  # a head's gradient is that of its own loss
 
     def _mean_trained(self) -> Tensor:
