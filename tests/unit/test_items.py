@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from graft.data.items import FILE, SplitRecord
+from graft.data.items import FILE, Items, SplitRecord
 from graft.data.sources.base import Split, Splits
 from graft.data.sources.folder import ImageFolder
 from graft.data.sources.synthetic import Synthetic
@@ -174,3 +174,11 @@ def test_a_record_that_is_damaged_is_named_and_none_is_none(photos: Path, tmp_pa
         (tmp_path / FILE).write_bytes(content[:cut])
         with pytest.raises(ValueError, match=r"splits\.npz is damaged"):
             SplitRecord.read(tmp_path)
+
+
+def test_a_record_without_one_of_the_three_splits_is_damaged(tmp_path: Path) -> None:
+    items = Items("train", np.array([b"0"]), np.array([1], np.uint64), np.array([0]), (8, 8))
+    record = SplitRecord(["a", "b"], {"train": items, "test": items})
+    (tmp_path / "splits.npz").write_bytes(record.packed())
+    with pytest.raises(ValueError, match=r"splits\.npz is damaged"):
+        SplitRecord.read(tmp_path)

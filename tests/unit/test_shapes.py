@@ -137,6 +137,9 @@ def test_two_streams_are_drawn_side_by_side(tmp_path: Path) -> None:
     record = SplitRecord.read(first.folder)
     assert record is not None
     assert len(record.splits["target"]) == 12
+    found, changes = record.find(Domains().load(Preprocessing(16, 16)))
+    assert changes == {}, "unknown labels are those they were"
+    assert len(found["target"]) == 12
 
 
 def test_a_stream_that_the_data_does_not_have(tmp_path: Path) -> None:

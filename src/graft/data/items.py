@@ -95,7 +95,8 @@ class SplitRecord:
             with np.load(path, allow_pickle=False) as file:
                 classes = [n.decode("utf-8", "surrogateescape") for n in file["classes"].tolist()]
                 names = [key.removesuffix("-origin") for key in file.files if key[-7:] == "-origin"]
-                splits = {name: _items(file, name) for name in names}
+                # The three are always there; without one the file is damaged.
+                splits = {name: _items(file, name) for name in dict.fromkeys([*SPLITS, *names])}
         except FileNotFoundError:
             return None
         except Exception as error:  # zipfile and numpy raise a dozen kinds
@@ -178,7 +179,8 @@ def _find(
                 rows[i] = unclaimed[digest].pop()
             else:
                 why[i] = "with another content" if name in by_name else "missing"
-    numbers = np.array([before.index(name) if name in before else -1 for name in now])
+    known = [before.index(name) if name in before else -1 for name in now]
+    numbers = np.array([*known, -1])  # the last is of label -1: unknown stays unknown
     moved = (rows >= 0) & (numbers[split.labels[rows]] != items.labels)
     why |= dict.fromkeys(np.flatnonzero(moved).tolist(), "in another class")
     rows[moved] = -1

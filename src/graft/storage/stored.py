@@ -12,8 +12,6 @@ from torch import Tensor
 from graft.storage.shards import ShardedRows
 
 IN_MEMORY_BYTES = 1 << 30  # larger features are read row by row
-
-
 DEVICE_SHARE = 0.25  # of free GPU memory that features may take
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How a backbone's weights expect their images: sizes, crop, interpolation, normalisation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from math import isfinite
 from typing import Any, Literal, get_args
 
 Interpolation = Literal["bilinear", "bicubic"]
-
-
 CropMode = Literal["center", "squash"]
 
 
