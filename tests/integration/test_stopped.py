@@ -50,6 +50,17 @@ class Started:
                  and read(path.with_name("cmdline")).startswith(PYTHON)]  # fmt: skip
         return sorted(pid for pid in found if pid not in (self.process.pid, os.getpid()))
 
+    def ranks(self) -> list[int]:
+        """Of the others, those with a rank of their own: a process that is about to become git
+        still looks like the one which started it.
+        """
+        return [pid for pid in self.others()
+                if b"LOCAL_RANK=1" in read(Path(f"/proc/{pid}/environ")).split(b"\0")]  # fmt: skip
+
+    def workers(self) -> list[int]:
+        """Of the others, those of a data loader."""
+        return [p for p in self.others() if b"pt_data_worker" in read(Path(f"/proc/{p}/comm"))]
+
     def ended(self, code: int) -> str:
         """What it printed to stderr, of a process that ends with this code and leaves no other."""
         out, err = self.process.communicate(timeout=PATIENCE)
@@ -136,9 +147,8 @@ def test_a_stopped_rank_is_named_and_a_second_signal_ends_the_run(start: Start) 
 
 def test_a_stopped_worker_of_the_loader_is_named(start: Start) -> None:
     run = start("train", *LONG, "data.num_workers=1", "data.source.per_class=5000")
-    wait(lambda: run.status == "running" and run.others())
+    worker = wait(lambda: run.status == "running" and run.workers())[-1]
     time.sleep(2)
-    worker = run.others()[-1]
     os.kill(worker, signal.SIGSTOP)
     assert run.process.stderr is not None
     note = run.process.stderr.readline()
@@ -175,7 +185,7 @@ def test_a_rank_that_ends_while_it_imports(
 ) -> None:
     """Ctrl-C goes to all processes of a terminal, and ranks leave it to the first one."""
     run = start("train", *RANKS)
-    (rank,) = wait(lambda: run.others())
+    (rank,) = wait(run.ranks)
     if signum == "SIGINT":
         os.killpg(run.process.pid, signal.SIGINT)
     else:
