@@ -26,23 +26,20 @@ from graft.plan.schedules import cosine, one_cycle
 
 
 class EpochClock(L.Callback):
-    """Writes the seconds of each epoch's training batches, and when the first was done.
+    """Writes the seconds of each epoch's training batches.
 
     For both sides: Graft takes it as `+callbacks.clock._target_=baselines_lightning.EpochClock`.
     """
+
+    epochs_only = True  # Graft may take several steps in a batch
 
     def __init__(self, file: str) -> None:
         self.file = Path(file)
         self.seconds: list[float] = []
         self.started = 0.0
-        self.first_step: float | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started = time.perf_counter()
-
-    def on_train_batch_end(self, *arguments: Any) -> None:
-        if self.first_step is None:
-            self.first_step = time.time()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -52,8 +49,18 @@ class EpochClock(L.Callback):
         self.seconds.append(time.perf_counter() - self.started)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        record = {"seconds": self.seconds, "first_step": self.first_step}
-        self.file.write_text(json.dumps(record))
+        self.file.write_text(json.dumps(self.seconds))
+
+
+class FirstStep(L.Callback):
+    """Writes when the first training step was done."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        if not self.file.exists():
+            self.file.write_text(json.dumps(time.time()))
 
 
 class Conventional(L.LightningModule):

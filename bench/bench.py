@@ -107,7 +107,7 @@ class Bench:
             record = json.loads(next((folder / "logs").glob("*/run.json")).read_text())
             sample = dataclasses.replace(sample, accuracy=100 * record["metrics"]["test/acc"])
             if clock:
-                seconds = json.loads((folder / "epochs.json").read_text())["seconds"]
+                seconds = json.loads((folder / "epochs.json").read_text())
                 sample = dataclasses.replace(
                     sample, seconds=statistics.median(seconds[1:] or seconds)
                 )

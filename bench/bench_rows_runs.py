@@ -181,10 +181,10 @@ def startup(bench: Bench) -> Iterator[Line]:
     for repeat in range(bench.repeats + 1):
         folder, started = bench.folder("startup"), time.time()
         command = [sys.executable, "-m", "graft", "train", "debug=fdr", f"seed={repeat}"]
-        command.append("+callbacks.clock._target_=baselines_lightning.EpochClock")
-        command.append(f"+callbacks.clock.file='{folder}/epochs.json'")
+        command.append("+callbacks.clock._target_=baselines_lightning.FirstStep")
+        command.append(f"+callbacks.clock.file='{folder}/first.json'")
         run_process(command, {**bench.env, "GRAFT_LOGS": str(folder)})
-        steps.append(json.loads((folder / "epochs.json").read_text())["first_step"] - started)
+        steps.append(json.loads((folder / "first.json").read_text()) - started)
     yield limit("startup (first step)", steps[1:], None, "s", "goal: half the first version's")
 
 

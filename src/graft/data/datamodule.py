@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graft.data.datasets import Batch, FeatureDataset, ImageDataset, drawn_view, views_count
 from graft.data.items import SplitRecord
-from graft.data.loaders import Batches, whole_batches
+from graft.data.loaders import Batches, Steps, whole_batches
 from graft.data.order import BatchOrder
 from graft.data.resident import ResidentDataset, fits_on_gpu
 from graft.data.sample_transform import SampleTransformed, WithEpoch
@@ -122,6 +122,7 @@ class TransferDataModule(L.LightningDataModule):
         self.stage_augment = augment
         self.stage_views: str | int = "none"
         self.features: dict[str, StoredFeatures] = {}
+        self.steps_per_batch = 1  # of stored features in training: see `training.steps`
         self.digests: dict[str, str] = {}
         self.splits: dict[str, ImageDataset] = {}
         self.classes: list[str] = []
@@ -248,12 +249,35 @@ class TransferDataModule(L.LightningDataModule):
         self.preprocessing = self.own_preprocessing.at(image_size)
         self.prepare_images = Prepare(self.preprocessing)
         self.features = {}
+        self.steps_per_batch = 1
         self.stage_views = views
 
     def _augment_of(self, stage: bool | Mapping[str, Any]) -> Augment | None:
         if isinstance(stage, Mapping):
             return dataclasses.replace(self.augment or Augment(), **stage)
         return self.augment if stage else None
+
+    def order(
+        self, split: str, *, train: bool, like: int | None = None, number: int = 0
+    ) -> BatchOrder:
+        """This rank's batches of a split, by position; see `loader`."""
+        balanced = train and self.sampling == "balanced" and like is None
+        trainer = self.trainer
+        world_size = trainer.world_size if trainer else 1
+        epoch_images = like * self.batch_size * world_size if like else self.epoch_images
+        return BatchOrder(
+            len(self.splits[split]),
+            self.batch_size if train else self.eval_batch_size,
+            shuffle=train,
+            labels=self.splits[split].labels if balanced else None,
+            epoch_size=epoch_images if train else None,
+            drop_last=train and (self.drop_last or like is not None),
+            seed=self.stage_seed + 7_368_787 * number,
+            epoch=self._epoch if self.reshuffle else lambda: 0,
+            first=self._first_step if train else lambda: 0,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=world_size,
+        )
 
     def loader(
         self, split: str, *, train: bool, like: int | None = None, number: int = 0
@@ -273,23 +297,8 @@ class TransferDataModule(L.LightningDataModule):
                 f"{', '.join(self.splits)}"
             )
         dataset: Dataset[Batch] = self.splits[split]
-        balanced = train and self.sampling == "balanced" and like is None
         trainer = self.trainer
-        world_size = trainer.world_size if trainer else 1
-        epoch_images = like * self.batch_size * world_size if like else self.epoch_images
-        batches = BatchOrder(
-            len(self.splits[split]),
-            self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
-            labels=self.splits[split].labels if balanced else None,
-            epoch_size=epoch_images if train else None,
-            drop_last=train and (self.drop_last or like is not None),
-            seed=self.stage_seed + 7_368_787 * number,
-            epoch=self._epoch if self.reshuffle else lambda: 0,
-            first=(lambda: self._epoch_and_first_batch()[1]) if train else lambda: 0,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=world_size,
-        )
+        batches = self.order(split, train=train, like=like, number=number)
         if train and len(batches) == 0:
             raise ValueError(
                 f"data.batch_size={self.batch_size} on {batches.world_size} processes is larger "
@@ -305,7 +314,7 @@ class TransferDataModule(L.LightningDataModule):
         if split in self.features:
             images = self.splits[split]
             stored = FeatureDataset(self.features[split], images, self.stage_seed, self._epoch)
-            return Batches(stored, batches)
+            return Batches(stored, batches, self.steps_per_batch if train else 1)
         if train and self.stage_augments and self.sample_transform is not None:
             dataset = SampleTransformed(self.splits[split], self.sample_transform, self.stage_seed)
             sampler = WithEpoch(batches)
@@ -375,6 +384,8 @@ class TransferDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """uint8 images to normalised ones, on whatever device the batch is on by now."""
+        if isinstance(batch, Steps):
+            return batch
         if isinstance(batch.get("train"), dict):  # several streams
             return {name: self.on_after_batch_transfer(part, 0) for name, part in batch.items()}
         if "image" not in batch:
@@ -393,6 +404,9 @@ class TransferDataModule(L.LightningDataModule):
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return epochs.processed, batches.processed if epochs.ready > epochs.processed else 0
+
+    def _first_step(self) -> int:
+        return self._epoch_and_first_batch()[1] * self.steps_per_batch
 
     def _epoch(self) -> int:
         return self._epoch_and_first_batch()[0]

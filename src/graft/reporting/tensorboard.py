@@ -19,6 +19,7 @@ from graft.config.names import visible
 from graft.config.resolved import leaves
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import Batch
+from graft.data.loaders import Steps
 from graft.plan.grid import GridRecord
 from graft.plan.results import StageResult
 from graft.plan.stage import Stage
@@ -133,10 +134,10 @@ class Inputs(L.Callback):
         self.stage = stage
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0 and trainer.current_epoch == 0:
-            self._log(trainer, batch)
+            self._log(trainer, next(iter(batch)) if isinstance(batch, Steps) else batch)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:  # a solver has no training batches

@@ -94,7 +94,7 @@ class LastCheckpoint(L.Callback):
         # With accumulated gradients a step is not done, and they are not saved.
         if batch_idx > 0 and batch_idx % trainer.accumulate_grad_batches == 0:
             n = self.every_n_steps
-            due = n is not None and trainer.global_step % n == 0
+            due = n is not None and trainer.global_step - self.saved_step >= n
             self._between(trainer, "epoch_loop.batch_progress", due=due)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -145,7 +145,12 @@ class LastCheckpoint(L.Callback):
         ranks = [own] * trainer.world_size
         if trainer.world_size > 1:
             dist.all_gather_object(ranks, own, group=self.group)
-        checkpoint["resume"] = {"ranks": ranks, "should_stop": trainer.should_stop}
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint["resume"] = {
+            "ranks": ranks,
+            "should_stop": trainer.should_stop,
+            "steps_per_batch": data.steps_per_batch,
+        }
         if self.started is not None:
             progress = checkpoint["loops"]["fit_loop"][self.started]
             for counts in (progress["total"], progress["current"]):

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from graft.data.datasets import Batch
+from graft.data.loaders import Steps
 from graft.models.backbone import Backbone
 from graft.models.heads import Head, HeadGrid
 from graft.plan.freeze import (
@@ -32,6 +33,7 @@ from graft.plan.stage import Stage
 from graft.tasks.base import Tally, Task
 from graft.training.grid import GridFit
 from graft.training.per_head import PerHead, grid_groups
+from graft.training.steps import mean_of_heads, take
 
 
 class TransferModule(L.LightningModule):
@@ -56,6 +58,7 @@ class TransferModule(L.LightningModule):
         self.grid: GridFit | None = None  # while the head is a grid of heads
         self.pretrained: dict[str, Tensor] = {}  # of the backbone, for stages with l2_sp
         self.checkpoint_note: dict[str, Any] = {}
+        self.steps_per_epoch = 0  # where a batch is of several
 
     def start_stage(self, stage: Stage) -> None:
         """Freeze what the stage does not train; `cut` becomes the first learning block.
@@ -64,6 +67,7 @@ class TransferModule(L.LightningModule):
             ValueError: a part that matches nothing, or a stage in which nothing learns.
         """
         self.stage = stage
+        self.take_several_steps(1, 0)
         names = learning_parameters(self.backbone, stage.trainable)
         self.learning = freeze_for_stage(self.backbone, names, stage.norm)
         self.cut = prefix_length(self.backbone, self.learning)
@@ -78,6 +82,11 @@ class TransferModule(L.LightningModule):
         if stage.l2_sp and not self.pretrained:
             raise RuntimeError("call remember_pretrained before a stage with l2_sp")
         self.train()
+
+    def take_several_steps(self, per_batch: int, per_epoch: int) -> None:
+        """Whether a training batch is `Steps`, which needs the number of steps of an epoch."""
+        self.automatic_optimization = per_batch == 1
+        self.steps_per_epoch = per_epoch if per_batch > 1 else 0
 
     def finish_stage(self) -> None:
         """Call it with the stage's best weights loaded: its adapters become part of them."""
@@ -119,19 +128,24 @@ class TransferModule(L.LightningModule):
             return self.head(self.backbone.forward_from(self.cut, batch["features"]))
         return self(batch["image"])
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.task.loss(self, batch)
-        images = len(batch.get("train", batch)["label"])
-        self.trained.add(loss=loss.detach() * images, images=images)
-        # `self.log` takes as long as a step of a small head: it is called when something is due.
-        if self.trainer._logger_connector.should_update_logs:
-            # Of a grid, the mean of the heads that have not diverged.
-            mean = torch.where(loss.isfinite(), loss, torch.nan).nanmean() if loss.ndim else loss
-            self.log("train/loss_step", mean.detach(), batch_size=1)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        loss = None
+        if isinstance(batch, Steps):
+            take(self.trainer, batch, self.loss)
+        else:
+            loss = self.loss(batch)
+            self.log("train/loss_step", mean_of_heads(loss), batch_size=1)
         if self.trainer.is_last_batch and self.grid is None:
             mean = self._mean_trained()  # of all ranks: to average equal values changes nothing
             self.log("train/loss", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        return loss.sum()  # a head's gradient is that of its own loss
+        return None if loss is None else loss.sum()  # a head's gradient is that of its own loss
+
+    def loss(self, batch: Any) -> Tensor:
+        """The training loss of a batch, (), or (K,) of a grid; it counts in the epoch's mean."""
+        loss = self.task.loss(self, batch)
+        images = len(batch.get("train", batch)["label"])
+        self.trained.add(loss=loss.detach() * images, images=images)
+        return loss
 
     def _mean_trained(self) -> Tensor:
         sums = self._taken(self.trained)
@@ -230,7 +244,7 @@ class TransferModule(L.LightningModule):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.grid is not None:
             optimizer = PerHead(optimizer)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.steps_per_epoch * stage.epochs or int(self.trainer.estimated_stepping_batches)
         scheduler = LambdaLR(optimizer, lambda step: stage.schedule(step, total))
         return {
             "optimizer": optimizer,

@@ -19,8 +19,9 @@ from graft.storage.stored import StoredFeatures
 from graft.training.best import Best
 from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
 from graft.training.ema import EMA
-from graft.training.last_checkpoint import LastCheckpoint, explain_restoring
+from graft.training.last_checkpoint import LastCheckpoint, explain_restoring, restoring
 from graft.training.solvers import Solve
+from graft.training.trainer import steps_per_batch
 from graft.transforms.draws import sample_seed
 
 if TYPE_CHECKING:
@@ -73,10 +74,10 @@ def run_stages(
         if stage.grid is not None:
             module.start_grid(stage.grid, datamodule.num_classes)
         on_stage(stage)
-        start = StartStage(stage, index, datamodule, new_store)
+        checkpoint = resumed.checkpoint if index == len(resumed.done) else None
+        start = StartStage(stage, index, datamodule, new_store, resumed=checkpoint)
         folder = checkpoints / stage.name
         if stage.solver == "sgd":
-            checkpoint = resumed.checkpoint if index == len(resumed.done) else None
             last = new_last(folder)
             result = _fit(module, datamodule, stage, start, last, make_trainer, checkpoint)
         else:
@@ -161,11 +162,21 @@ def seed_stage(seed: int, index: int, rank: int = 0) -> None:
 
 
 class StartStage(L.Callback):
-    """Hands the datamodule its stage and stored features, once every rank's device is known."""
+    """Hands the datamodule its stage and stored features, once every rank's device is known.
+
+    Args:
+        resumed: the checkpoint that the stage goes on from.
+    """
 
     def __init__(
-        self, stage: Stage, index: int, datamodule: TransferDataModule, new_store: NewStore
+        self,
+        stage: Stage,
+        index: int,
+        datamodule: TransferDataModule,
+        new_store: NewStore,
+        resumed: Path | None = None,
     ) -> None:
+        self.resumed = resumed
         self.stage = stage
         self.index = index
         self.datamodule = datamodule
@@ -199,9 +210,21 @@ class StartStage(L.Callback):
             measure_head(module, store, features.get("train"))
         head_alone = bool(features) and module.cut == len(module.backbone.blocks)
         work = 6 * self.datamodule.batch_size * sum(p.numel() for p in module.head.parameters())
-        if head_alone and work < SMALL_STEP:
+        small = work < SMALL_STEP
+        if head_alone and small:
             torch.set_num_threads(1)
+        if head_alone and stage == "fit" and (small or module.device.type == "cuda"):
+            self._take_several_steps(trainer, module)
         seed_stage(self.datamodule.seed, self.index, trainer.global_rank)
+
+    def _take_several_steps(self, trainer: L.Trainer, module: TransferModule) -> None:
+        steps = steps_per_batch(trainer)
+        if self.resumed is not None:  # the counters there are of batches
+            with restoring(self.resumed):
+                saved = torch.load(self.resumed, weights_only=True, mmap=True)["resume"]
+                steps = int(saved.get("steps_per_batch", 1))
+        module.take_several_steps(steps, len(self.datamodule.order("train", train=True)))
+        self.datamodule.steps_per_batch = steps
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

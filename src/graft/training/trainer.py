@@ -9,10 +9,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    LearningRateMonitor,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from graft.config.objects import make
 from graft.models.backbone import Backbone
@@ -21,7 +28,7 @@ from graft.reporting.report import EpochLines, say
 from graft.reporting.tensorboard import Inputs
 from graft.training.build import processes
 from graft.training.checkpoint import AtomicCheckpointIO
-from graft.training.lean import make_lean
+from graft.training.last_checkpoint import LastCheckpoint
 from graft.training.sharded import ShardedStrategy
 from graft.training.signals import StopSignals
 from graft.training.sync_norm import SyncBatchNorms
@@ -32,6 +39,24 @@ CPU_INSTRUCTIONS = {
     "16-mixed": ("amx_fp16", "avx512_fp16", "fp16_arith"),
 }
 """Any of these, and a CPU computes in that precision about as fast as in float32, or faster."""
+MOST_STEPS = 32  # a signal, and a checkpoint that is due, wait for the end of so many steps
+CALLBACK_HOOKS = (
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
+MODULE_HOOKS = (
+    *CALLBACK_HOOKS[:-1],  # l2_sp has the last one
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
+    "backward",
+)
+KNOWN = (LastCheckpoint, Inputs, LearningRateMonitor, RichProgressBar, EarlyStopping)
 
 
 def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +185,6 @@ def make_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the datamodule's order already knows the ranks
     )
-    make_lean(trainer)
     if options["num_nodes"] > 1 and not torch.distributed.is_initialized():
         place: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
         if place.local_rank() == 0:
@@ -169,3 +193,35 @@ def make_trainer(
     if stop is not None:
         stop.take_over(trainer)
     return trainer
+
+
+def steps_per_batch(trainer: Any) -> int:
+    """How many steps Lightning may take for one batch: 1 where anything looks at each."""
+    module, precision = trainer.lightning_module, trainer.precision_plugin
+    plain = (
+        type(trainer.strategy) is SingleDeviceStrategy
+        and type(precision) in (Precision, MixedPrecision)
+        and getattr(precision, "scaler", None) is None
+        and type(trainer.profiler) is PassThroughProfiler
+        and trainer.accumulate_grad_batches == 1
+        and not trainer.gradient_clip_val
+        and trainer.limit_train_batches == 1.0
+        and not module.stage.l2_sp
+        and module.task.streams == ("train",)
+        and not any(is_overridden(hook, module) for hook in MODULE_HOOKS)
+        and all(map(_epochs_only, trainer.callbacks))
+    )
+    if not plain:
+        return 1
+    every = next(c.every_n_steps for c in trainer.callbacks if isinstance(c, LastCheckpoint))
+    return max(n for n in range(1, MOST_STEPS + 1) if (every or MOST_STEPS) % n == 0)
+
+
+def _epochs_only(callback: L.Callback) -> bool:
+    """Whether it will do with batches of several steps, and leaves the trainer as it is: ours, or
+    one that says `epochs_only = True`.
+    """
+    kind = type(callback)
+    ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    said = ours or getattr(callback, "epochs_only", False)
+    return kind in KNOWN or (said and not any(is_overridden(h, callback) for h in CALLBACK_HOOKS))
