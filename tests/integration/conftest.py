@@ -65,7 +65,7 @@ Break = Callable[..., None]
 
 @pytest.fixture
 def break_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
-    """`break_at(TransferModule, "training_step", 3)`: the third call crashes, or does `do`."""
+    """`break_at(TransferModule, "loss", 3)`: the third call crashes, or does `do`."""
 
     def plan(owner: Any, method: str, number: int, *, after: bool = False, do: Any = None) -> None:
         original = getattr(owner, method)

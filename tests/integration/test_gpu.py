@@ -104,7 +104,7 @@ def test_a_resumed_run_goes_on_where_it_was(
     overrides = [*MLP, *CLIPPED, GPU, f"trainer.precision={precision}"]
     monkeypatch.setitem(RUNS, kind, overrides)
     whole = runs.whole(kind)
-    break_at(TransferModule, "training_step", 9)
+    break_at(TransferModule, "loss", 9)
     folder, code = runs.start(kind)
     assert code == 1
     runs.resume(folder)

@@ -124,7 +124,7 @@ def run(graft: Graft, made: Path, tmp_path: Path, break_at: Break) -> Path:
     if not made.exists():
         from graft.training.module import TransferModule
 
-        break_at(TransferModule, "training_step", 8)
+        break_at(TransferModule, "loss", 8)
         graft("train", *TINY, "trainer.max_epochs=2", f"paths.logs={made.parent}")
         (folder,) = (p for p in made.parent.iterdir() if p.is_dir())
         folder.rename(made)

@@ -29,10 +29,10 @@ from tests.integration.conftest import (
 )  # fmt: skip
 
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
-    "before anything is saved": (TransferModule, "training_step", 2, False),
-    "within an epoch": (TransferModule, "training_step", 9, False),
-    "in the last batch of an epoch": (TransferModule, "training_step", 10, False),
-    "in the first batch of an epoch": (TransferModule, "training_step", 6, False),
+    "before anything is saved": (TransferModule, "loss", 2, False),
+    "within an epoch": (TransferModule, "loss", 9, False),
+    "in the last batch of an epoch": (TransferModule, "loss", 10, False),
+    "in the first batch of an epoch": (TransferModule, "loss", 6, False),
     "in a validation": (TransferModule, "validation_step", 2, False),
     "after a validation": (TransferModule, "on_validation_epoch_end", 2, True),
     "when the best is saved and the last is not": (
@@ -70,7 +70,7 @@ def test_a_run_that_crashes_again_and_again(
 ) -> None:
     """In each attempt three batches later; where a grid's winner or adapters are merged, twice."""
     whole = runs.whole(kind)
-    original, calls = TransferModule.training_step, 0
+    original, calls = TransferModule.loss, 0
 
     def step(self: TransferModule, *args: Any) -> Any:
         nonlocal calls
@@ -88,7 +88,7 @@ def test_a_run_that_crashes_again_and_again(
         update(self, **fields)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TransferModule, "training_step", step)
+        patch.setattr(TransferModule, "loss", step)
         patch.setattr(RunFolder, "update", stop_before_a_stage_is_recorded)
         folder, code = runs.start(kind)
         attempts = 0
@@ -106,10 +106,10 @@ def test_a_run_that_crashes_again_and_again(
 @pytest.mark.parametrize(
     ("owner", "method", "number", "signum"),
     [
-        (TransferModule, "training_step", 8, signal.SIGUSR1),
-        (TransferModule, "training_step", 10, signal.SIGTERM),
-        (TransferModule, "training_step", 9, signal.SIGHUP),
-        (TransferModule, "training_step", 9, signal.SIGINT),
+        (TransferModule, "loss", 8, signal.SIGUSR1),
+        (TransferModule, "loss", 10, signal.SIGTERM),
+        (TransferModule, "loss", 9, signal.SIGHUP),
+        (TransferModule, "loss", 9, signal.SIGINT),
         (TransferModule, "validation_step", 2, signal.SIGTERM),
     ],
 )
@@ -151,7 +151,7 @@ def test_checkpoints_by_time(runs: Runs, break_at: Break, monkeypatch: pytest.Mo
     looks = iter(range(0, 10_000, 40))
     clock = mock.Mock(monotonic=lambda: next(looks))
     monkeypatch.setattr("graft.training.last_checkpoint.time", clock)
-    break_at(TransferModule, "training_step", 5)
+    break_at(TransferModule, "loss", 5)
     minutes = ["trainer.checkpoint_every_n_steps=null", "trainer.checkpoint_every_n_minutes=1"]
     folder, _ = runs.start("fine-tuning", *minutes)
     last = torch.load(folder / "checkpoints" / "finetune" / "last.ckpt", weights_only=True)
@@ -162,7 +162,7 @@ def test_tensorboard_shows_each_step_once(runs: Runs, break_at: Break) -> None:
     logs = {}
     for name in ("whole", "stopped"):
         if name == "stopped":
-            break_at(TransferModule, "training_step", 24)  # nine steps into the second stage
+            break_at(TransferModule, "loss", 24)  # nine steps into the second stage
         runs.tmp_path = runs.tmp_path / name
         folder, code = runs.start("grid", "logger=default")
         if name == "stopped":
@@ -180,7 +180,7 @@ def test_a_longer_run_than_planned(runs: Runs, break_at: Break) -> None:
     overrides = [*BASE, *MLP, *constant, "trainer.max_epochs=5", f"paths.logs={logs}"]
     assert runs.graft("train", *overrides).returncode == 0
     (whole,) = logs.iterdir()
-    break_at(TransferModule, "training_step", 13)
+    break_at(TransferModule, "loss", 13)
     folder, _ = runs.start("fine-tuning", *constant)
     runs.resume(folder, "trainer.max_epochs=5", "trainer.log_every_n_steps=1")
     assert_equal(folder, whole)
@@ -189,7 +189,7 @@ def test_a_longer_run_than_planned(runs: Runs, break_at: Break) -> None:
 
 
 def test_another_length_changes_the_rate_at_once(runs: Runs, break_at: Break) -> None:
-    break_at(TransferModule, "training_step", 11)
+    break_at(TransferModule, "loss", 11)
     folder, _ = runs.start("fine-tuning")
     runs.resume(folder, "trainer.max_epochs=6")
     with (folder / "metrics.csv").open() as file:
@@ -203,7 +203,7 @@ def test_another_length_changes_the_rate_at_once(runs: Runs, break_at: Break) ->
 
 def test_a_run_folder_that_was_moved(runs: Runs, break_at: Break) -> None:
     whole = runs.whole("two stages")
-    break_at(TransferModule, "training_step", 24)
+    break_at(TransferModule, "loss", 24)
     folder, _ = runs.start("two stages")
     moved = folder.rename(runs.tmp_path / "moved")
     runs.resume(moved)
@@ -216,15 +216,15 @@ def test_a_requeued_slurm_job_goes_on_with_the_run_it_began(
     """Not with that of another job, or of the same one with other overrides."""
     whole = runs.whole("fine-tuning")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    break_at(TransferModule, "training_step", 8)
+    break_at(TransferModule, "loss", 8)
     folder, _ = runs.start("fine-tuning")
     logs = folder.parent
     command = ["train", *BASE, *MLP, f"paths.logs={logs}"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    break_at(TransferModule, "training_step", 1)
+    break_at(TransferModule, "loss", 1)
     assert runs.graft(*command, "seed=1").returncode == 1
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    break_at(TransferModule, "training_step", 1)
+    break_at(TransferModule, "loss", 1)
     assert runs.graft(*command).returncode == 1
     assert len([*logs.iterdir()]) == 3
     monkeypatch.setenv("SLURM_JOB_ID", "17")

@@ -22,7 +22,7 @@ def stopped(runs: Runs, break_at: Break) -> Path:
     """A run of two stages that stopped in the third epoch of its second; a copy for each test."""
     kept = runs.shared / "stopped"
     if not kept.exists():
-        break_at(TransferModule, "training_step", 27)
+        break_at(TransferModule, "loss", 27)
         shutil.copytree(runs.start("two stages")[0], kept)
     return shutil.copytree(kept, runs.tmp_path / "runs" / "stopped")
 

@@ -150,7 +150,7 @@ def test_resuming_elsewhere_is_exact_and_refuses_other_images(
     graft: Graft, made: Path, tmp_path: Path, break_at: Break
 ) -> None:
     photos = make_photos(tmp_path / "photos")
-    break_at(TransferModule, "training_step", 7)
+    break_at(TransferModule, "loss", 7)
     logs = tmp_path / "logs"
     own = [f"data.root={photos}", f"paths.logs={logs}", f"paths.cache={tmp_path}/cache"]
     assert graft("train", *BASE, *own).returncode == 1
@@ -202,7 +202,7 @@ def test_configs_of_ones_own_are_remembered(
     text = f"defaults: [image_folder, _self_]\nroot: {tmp_path}/photos\n"
     (tmp_path / "lab/data/mine.yaml").write_text(text)
     lab = ["--config-dir", "lab", *TINY[3:], "data=mine", "data.batch_size=4"]
-    break_at(TransferModule, "training_step", 7)
+    break_at(TransferModule, "loss", 7)
     assert graft("train", *lab, "trainer.max_epochs=2", "paths.logs=logs").returncode == 1
     run = run_in(tmp_path)
     assert "did you mean mine?" in error(graft, "train", *lab, "data=mien")
