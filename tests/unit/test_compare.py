@@ -291,6 +291,13 @@ def test_each_run_and_each_key_that_differs(graft: Graft, tmp_path: Path) -> Non
         (["logs", "--sort", "lr"], "no metric or differing key lr in these runs"),
         (["logs", "--where", "lr=1"], "no config key lr in these runs: did you mean optimizer.lr"),
         (["logs", "--pivot", "transfer", "labels"], "no config key labels in these runs"),
+        (["logs", "--pivot", "transfer"], "--pivot: expected 2 arguments: write --pivot ROW_KEY "),
+        (["logs", "--where"], "--where: expected one argument: write --where KEY=VALUE[,VALUE] ("),
+        (["logs", "--status", "lost"], "--status: invalid choice: 'lost' (choose from"),
+        (
+            ["logs", "--pivots", "a"],
+            "unrecognized arguments: --pivots a (see graft compare -",
+        ),
         (["logs", "--baseline", "transfer=lora"], "baseline transfer=lora: no finished run"),
         (["logs", "--baseline", "data=digits"], "baseline data=digits: 4 groups have that; name"),
         (["logs", "--plot", "out.doc"], "Format 'doc' is not supported"),

@@ -1,1 +1,21 @@
 """One file per command: arguments in, one call, text out."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, instead of all of its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        option, _, reason = message.partition(": ")
+        usage = " ".join(self.format_usage().split())
+        form = re.search(rf"\[({re.escape(option)} .*?)\](?= |$)", usage)
+        if form and reason.startswith("expected"):
+            message += f": write {form[1]}"
+        sys.exit(f"graft: error: {message} (see {self.prog} --help)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from omegaconf import OmegaConf
 
+from graft.commands import Parser
 from graft.config.names import file_word, shortened, visible
 from graft.config.overrides import place
 from graft.config.resolved import CONFIGS
@@ -26,7 +26,7 @@ EVERY = 10.0  # seconds after which new runs are looked for
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="graft board", description="Show runs in TensorBoard, on this machine alone."
     )
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from graft.commands import Parser
 from graft.config.names import visible
 from graft.config.overrides import own_cache, place
 from graft.data.sources.base import read_entry
@@ -85,7 +85,7 @@ def _is_torn(shard: Path) -> bool:
 
 def main(arguments: Sequence[str]) -> None:
     default = own_cache()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="graft cache", description="decoded images and frozen features; safe to delete"
     )
     parser.add_argument("action", nargs="?", default="list", choices=("list", "verify", "prune"))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from graft.commands import Parser
 from graft.compare.groups import ABSENT, Comparison, grouped
 from graft.compare.table import Table, terminal_width
 from graft.compare.tables import (
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     logs = place(os.environ.get("GRAFT_LOGS") or "logs")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="graft compare",
         description="Runs grouped by everything but the seed: what differs, what came of it. "
         "KEY is a config key (name and tags too), a config group, seed, status, host, device, "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graft.commands import Parser
 from graft.config.names import file_word, shortened
 from graft.config.overrides import (
     PLACES,
@@ -88,7 +89,7 @@ def _with_whole_path(word: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="graft eval",
         description="Test metrics of a run, kept in RUN/eval/ as JSON, with predictions as .npz.",
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from graft.commands import Parser
 from graft.commands.train import main as train
 from graft.config.overrides import config_dir, key_of, quoted
 from graft.config.renamed import current_override
@@ -19,7 +19,7 @@ from graft.storage.reading import read_yaml_texts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="graft resume",
         description="Go on with a run that was stopped, in its own folder; or with a sweep, whose "
         "jobs that are not done are resumed or run.",
