@@ -384,7 +384,7 @@ def test_a_hundred_jobs_of_which_ten_fail(graft: Graft, tmp_path: Path) -> None:
     assert len(rows) == 100
     assert sum(bool(row["test/acc"]) for row in rows) == 90
     assert sum("lower optimizer.lr" in row["error"] for row in rows) == 10
-    assert (folder / "summary.md").read_text().count("- failed: ") == 10
+    assert (folder / "summary.md").read_text().count("\n  - ") == 10
     before = {record["job"]: record["finished"] for record in records(folder)}
     again = graft("resume", str(folder))
     assert again.returncode == 1

@@ -129,12 +129,33 @@ def test_what_is_not_done_is_listed_and_never_in_a_mean(graft: Graft, tmp_path: 
     assert sorted(counts.removeprefix("left out: ").split(", ")) == [
         "1 failed", "1 preempted", "1 running", "2 unreadable"
     ]  # fmt: skip
-    assert f"failed: {failed.relative_to(tmp_path)}: the loss is nan" in done.stdout
-    assert (
-        f"unreadable: {torn.relative_to(tmp_path)}: run.json is damaged: Unterminated string"
-        in done.stdout
-    )
-    assert f"unreadable: {newer.relative_to(tmp_path)}: written by a newer graft" in done.stdout
+    lines = done.stdout.splitlines()
+    for reason, folder in (
+        ("failed: the loss is nan", failed),
+        ("unreadable: run.json is damaged: Unterminated string", torn),
+        ("unreadable: written by a newer graft", newer),
+    ):
+        (at,) = [i for i, line in enumerate(lines) if line.startswith(f"- {reason}")]
+        assert lines[at + 1] == f"  - {folder.relative_to(tmp_path)}"
+
+
+def test_an_error_is_told_once_and_fits_the_terminal(
+    graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = "the loss of stage finetune is nan in epoch 0, step 7: lower optimizer.lr or " * 3
+    logs = tmp_path / "logs"
+    add_run(logs, 0.5)
+    failed = [add_run(logs, None, seed=seed, error=error.strip()) for seed in (1, 2)]
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = graft("compare", "logs").stdout.splitlines()
+    start = lines.index("left out: 2 failed") + 1
+    assert [line.strip(" -") for line in lines[-2:]] == [f"logs/{run.name}" for run in failed]
+    assert lines[start].startswith("- failed: the loss")
+    assert all(line.startswith("  ") for line in lines[start + 1 :])
+    assert " ".join(line.strip(" -") for line in lines[start:-2]) == f"failed: {error.strip()}"
+    assert max(map(len, lines)) <= 80
+    monkeypatch.delenv("COLUMNS")
+    assert f"- failed: {error.strip()}\n  - logs" in graft("compare", "logs").stdout
 
 
 def test_of_runs_of_one_config_and_seed_the_newest_counts(tmp_path: Path) -> None:
@@ -356,17 +377,24 @@ def digests(train: str, test: str = "t") -> dict[str, Any]:
 
 
 def test_what_no_result_depends_on_makes_no_other_experiment(tmp_path: Path) -> None:
-    """Workers, batches of the evaluation, times of checkpoints, tags, where equal data lies, and
-    the number of a trial of Optuna's.
+    """Workers, batches of the evaluation, times of checkpoints, tags, where equal data lies, what
+    would have been done about unreadable images, and the number of a trial of Optuna's.
     """
     prune = {"_target_": "graft.sweeps.study.Prune", "pruner": {"_target_": "a.Pruner"}}
-    first = {"data": {"root": "/here"}, "callbacks": {"prune": {**prune, "trial": 3}}}
+    source = {"root": "/here", "on_error": "fail"}
+    first = {
+        "data": {"root": "/here", "source": source},
+        "callbacks": {"prune": {**prune, "trial": 3}},
+    }
     add_run(tmp_path, 0.5, data=digests("a"), extra=first)
     more = {
         "callbacks": {"prune": {**prune, "trial": 14}},
-        "data": {"root": "/there", "num_workers": 4, "eval_batch_size": 7, "pin_memory": True},
+        "data": {
+            "root": "/there", "num_workers": 4, "eval_batch_size": 7, "pin_memory": True,
+            "source": {"root": "/there", "on_error": "skip"},
+        },
         "trainer": {"checkpoint_every_n_steps": 5, "log_every_n_steps": 1},
-    }
+    }  # fmt: skip
     add_run(tmp_path, 0.6, seed=1, data=digests("a"), extra=more)
     (group,) = compared(tmp_path).groups
     assert len(group.runs) == 2
@@ -381,6 +409,11 @@ def test_what_no_result_depends_on_makes_no_other_experiment(tmp_path: Path) -> 
         ({"weights": {"digest": "a"}}, {"weights": {"digest": "b"}}, "backbone.weights.digest"),
         ({"extra": {"data": {"root": "007"}}}, {"extra": {"data": {"root": "07"}}}, "data.root"),
         ({"extra": {"data": {"root": "/a"}}}, {"extra": {"data": {"root": "/b"}}}, "data.root"),
+        (
+            {"extra": {"data": {"source": {"on_error": "fail"}}}},
+            {"extra": {"data": {"source": {"on_error": "skip"}}}},
+            "data.source.on_error",  # the images are not recorded, and some may have been skipped
+        ),
     ],
 )
 def test_runs_on_other_data_or_weights_are_never_averaged(

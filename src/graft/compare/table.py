@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -77,8 +78,8 @@ class Table:
                     space = " " * (wide - cell_len(part))
                     aligned.append(space + part if column.numeric else part + space)
                 lines.append(GAP.join(aligned).rstrip())
-        shown = [visible(note) for note in (table.title, *table.notes)]
-        return "\n".join([*([shown[0]] if table.title else []), *lines, *shown[1:]]) + "\n"
+        notes = [folded(visible(note), width) for note in table.notes]
+        return "\n".join([*([visible(table.title)] if table.title else []), *lines, *notes]) + "\n"
 
     def _fitted(self, width: int) -> Table:
         """Keys in one column and without the last of the spare ones, as far as need be."""
@@ -148,6 +149,18 @@ def _cut(columns: Sequence[Column], width: int) -> list[int]:
     while most > NARROWEST and sum(widths) - sum(texts) + sum(min(w, most) for w in texts) > room:
         most -= 1
     return [w if c.numeric else min(w, most) for w, c in zip(widths, columns, strict=True)]
+
+
+def folded(note: str, width: int) -> str:
+    """A note for a terminal with so many columns (0: as wide as it comes), further lines indented
+    as its first. Words stay whole: a path is there to be copied.
+    """
+    if not width:
+        return note
+    indent = " " * (len(note) - len(note.lstrip(" -")))
+    return textwrap.fill(
+        note, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _wrapped(text: str, width: int) -> list[str]:

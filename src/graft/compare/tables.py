@@ -194,17 +194,18 @@ def _level_name(key: str, level: str, groups: Iterable[Group]) -> str:
 
 
 def left_out(comparison: Comparison) -> list[str]:
-    """What the numbers of a table do not contain, a line each."""
+    """What the numbers of a table do not contain: runs by what became of them, a line each."""
     lines = []
     if comparison.left_out:
         runs = sorted(comparison.left_out, key=lambda run: run.path)
         statuses = [run.status for run in runs]
         counts = [f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)]
         lines.append(f"left out: {', '.join(counts)}")
-        lines += [
-            f"- {run.status}: {run.path}" + (f": {run.error}" if run.error else "")
-            for run in runs[:LISTED]
-        ]
+        listed: dict[str, list[Run]] = {}
+        for run in runs[:LISTED]:
+            listed.setdefault(f"- {run.status}: {run.error}".removesuffix(": "), []).append(run)
+        for reason, alike in listed.items():
+            lines += [reason, *(f"  - {run.path}" for run in alike)]
         if len(statuses) > LISTED:
             lines.append(f"- and {len(statuses) - LISTED} more: see --each")
     if comparison.repeats:

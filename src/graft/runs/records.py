@@ -25,7 +25,8 @@ IGNORED = (
     "trainer.log_every_n_steps", "trainer.checkpoint_every_n_steps",
     "trainer.checkpoint_every_n_minutes", "callbacks.prune.trial",
 )  # fmt: skip
-PLACES = ("data.root", "data.source.root")  # likewise, if it is known what lies there
+# Likewise, if it is recorded which images were read.
+BY_DIGEST = ("data.root", "data.source.root", "data.source.on_error")
 FACTS = ("status", "host", "device", "git_commit", "train_images")  # of run.json, to filter by
 
 
@@ -93,7 +94,7 @@ class Run:
     @cached_property
     def identity(self) -> tuple[tuple[str, str], ...]:
         """Equal for runs that differ by nothing but the seed, and what no result depends on."""
-        skipped = [*IGNORED, *(PLACES if "data.digest" in self.contents else ())]
+        skipped = [*IGNORED, *(BY_DIGEST if "data.digest" in self.contents else ())]
         if (
             "/" in self.leaves.get("backbone.weights", "")
             and "backbone.weights.digest" in self.contents

@@ -48,7 +48,7 @@ def summarise(sweep: Path) -> str:
     `table.csv` its numbers, a row for each cell.
     """
     from graft.compare.groups import grouped
-    from graft.compare.table import terminal_width
+    from graft.compare.table import folded, terminal_width
     from graft.compare.tables import group_table, left_out, metric_names, pivot_tables, run_table
     from graft.runs.records import read_run, run_folders
 
@@ -61,9 +61,9 @@ def summarise(sweep: Path) -> str:
     done = sum(len(group.runs) for group in comparison.groups)
     lines = [f"\nsweep     {done} of {len(runs)} runs done in {sweep}"]
     if not done:
-        text = "\n".join([*lines, *left_out(comparison)]) + "\n"
-        write_atomically(sweep / "summary.md", text)
-        return text
+        notes = left_out(comparison)
+        write_atomically(sweep / "summary.md", "\n".join([*lines, *notes]) + "\n")
+        return "\n".join([*lines, *(folded(note, terminal_width()) for note in notes)]) + "\n"
     metrics = metric_names(comparison)
     table = group_table(comparison, metrics)
     write_atomically(sweep / "summary.md", table.markdown())
