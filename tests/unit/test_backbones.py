@@ -285,7 +285,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     [
         ({"model": "resnet5"}, "no model resnet5: did you mean resnet50"),
         ({"model": "inception_v3"}, "no adapter for its family"),
+        ({"model": "RESNET18"}, r"no model RESNET18: did you mean resnet18\?"),
         ({"model": "resnet18", "weights": "DEFUALT"}, "resnet18 has IMAGENET1K_V1"),
+        (
+            {"model": "resnet50", "weights": "imagenet1k_v1"},
+            r"weights=imagenet1k_v1: did you mean IMAGENET1K_V1\? resnet50 has IMAGENET1K_V1, IMAG",
+        ),
         ({"model": "squeezenet1_1", "taps": ["fire9"]}, "no block named fire9; the blocks are"),
     ],
 )
@@ -329,6 +334,8 @@ def test_the_embedded_weights_are_small_and_pretrained() -> None:
     key = "blocks.stem.conv.weight"
     assert not torch.equal(random.get_parameter(key), pretrained.get_parameter(key))
     assert pretrained.get_buffer("blocks.stem.bn.running_var").std() > 0
+    with pytest.raises(ValueError, match=r"cifar10: did you mean CIFAR10\? ResNet-20 has CIFAR10;"):
+        resnet_cifar(weights="cifar10")
 
 
 TIMM_BLOCKS = {
@@ -462,6 +469,8 @@ def test_timm_reads_our_layout_too(tmp_path: Path) -> None:
         ({"model": "resnt18", "weights": None}, "no model resnt18: did you mean resnet18"),
         ({"model": "resnet18", "weights": "IMAGENET1K_V1"}, "resnet18 has a1_in1k, a2_in1k"),
         ({"model": "resnet18.nope"}, "resnet18 has a1_in1k, a2_in1k"),
+        ({"model": "resnet18", "weights": "A1_IN1K"}, r"did you mean a1_in1k\? resnet18 has a1_"),
+        ({"model": "resnet18", "weights": "default"}, r"did you mean DEFAULT\? resnet18 has a1_"),
     ],
 )
 def test_wrong_timm_names_are_refused_with_the_right_ones(

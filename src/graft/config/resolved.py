@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from graft.config.checks import CHECKS, wrong_value
 from graft.config.conflicts import conflict
 from graft.config.names import visible
 from graft.config.overrides import config_dir, is_path, place, search_path, to_type, unreadable
+from graft.config.words import did_you_mean
 
 _PACKAGED = Path(__file__).parents[1] / "configs"  # in a wheel; a checkout has them at its top
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "configs"
@@ -121,7 +121,7 @@ def explain(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not override '([^']+)'", text):
-        key, hint = match[1], _suggest(match[1], _known_keys())
+        key, hint = match[1], did_you_mean(match[1], _known_keys())
         group = key.partition(".")[0]
         if group in ("callbacks", "logger") and f" {group}." not in hint:
             hint = f": to add one, write +{key}=VALUE"
@@ -132,7 +132,7 @@ def explain(error: BaseException) -> str:
         group, _, option = match[1].rpartition("/")
         available = re.findall(r"^\t(\w\S*)$", text.partition("search path")[0], flags=re.MULTILINE)
         return (
-            f"no config {group}={option}{_suggest(option, available)} "
+            f"no config {group}={option}{did_you_mean(option, available)} "
             f"(available: {', '.join(available)})"
         )
     if match := re.search(r"Could not override '?([\w/@]+)'?\. No match in the defaults", text):
@@ -160,11 +160,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError):
         return text.replace("\n", " ")
     return f"{name}: {' '.join(lines[:3])}"
-
-
-def _suggest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f": did you mean {' or '.join(close)}?" if close else ""
 
 
 def _given_groups() -> list[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.config.overrides import is_weights_path
 from graft.models.backbone import Backbone
-from graft.models.weights import WeightsFile, load_file_into
+from graft.models.weights import WeightsFile, load_file_into, unknown_weights
 from graft.transforms.preprocessing import Preprocessing
 
 # Mean and standard deviation of the CIFAR-10 training images.
@@ -91,6 +92,9 @@ def resnet_cifar(
     made_of = f"weights {weights}" if weights is not None else "random weights"
     file = None
     if weights is not None and pretrained:
+        if weights != "CIFAR10" and not is_weights_path(weights) and not Path(weights).exists():
+            names = ["CIFAR10"] if depth == 20 else []
+            raise unknown_weights(weights, f"ResNet-{depth}", names)
         file = WeightsFile.read(EMBEDDED if weights == "CIFAR10" else weights)
     backbone = Backbone(
         blocks,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.overrides import is_weights_path
+from graft.config.words import did_you_mean
 from graft.models.backbone import (
     RESERVED_NAMES,
     Backbone,
@@ -24,7 +24,7 @@ from graft.models.backbone import (
     pool_nhwc,
     pool_tokens,
 )
-from graft.models.weights import WeightsFile, describe_origin, load_file_into
+from graft.models.weights import WeightsFile, describe_origin, load_file_into, unknown_weights
 from graft.transforms.preprocessing import CropMode, Interpolation, Preprocessing
 
 Blocks = dict[str, nn.Module]
@@ -162,8 +162,7 @@ def timm_backbone(
         raise ValueError("backbone=timm needs timm: pip install 'graft[timm]'") from error
     name, _, tag = model.partition(".")
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f": did you mean {' or '.join(close)}?" if close else ""
+        hint = did_you_mean(name, timm.list_models())
         raise ValueError(f"backbone.model: timm has no model {name}{hint}")
     if (channels := kwargs.get("in_chans", 3)) != 3:
         raise ValueError(
@@ -181,10 +180,7 @@ def timm_backbone(
         tag = weights
     published = bool(weights) and not is_file
     if (tag and tag not in tags) or (published and not tags):
-        raise ValueError(
-            f"backbone.weights={tag or weights}: {name} has {', '.join(tags) or 'none'}; or give "
-            "a .pth or .safetensors file, a run folder, or null"
-        )
+        raise unknown_weights(str(tag or weights), name, [*tags, "DEFAULT"] if tags else [])
     full_name = f"{name}.{tag}" if tag else name
     load = published and pretrained
     with _hub(full_name, load):

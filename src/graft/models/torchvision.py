@@ -6,7 +6,6 @@ input of the original classifier. It knows the family's attributes, not its mode
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 import sys
@@ -21,8 +20,9 @@ from torch.hub import HASH_REGEX
 from torchvision import models
 
 from graft.config.overrides import is_weights_path
+from graft.config.words import did_you_mean
 from graft.models.backbone import Backbone, FixedSize, pool_nchw, pool_nhwc, pool_tokens
-from graft.models.weights import WeightsFile, describe_origin, load_file_into
+from graft.models.weights import WeightsFile, describe_origin, load_file_into, unknown_weights
 from graft.transforms.preprocessing import Preprocessing
 
 Blocks = dict[str, nn.Module]
@@ -183,8 +183,7 @@ def torchvision_backbone(
         OSError: the weights can't be downloaded.
     """
     if model not in models.list_models(module=models):
-        close = difflib.get_close_matches(model, models.list_models(module=models), n=3)
-        hint = f": did you mean {' or '.join(close)}?" if close else ""
+        hint = did_you_mean(model, models.list_models(module=models))
         raise ValueError(f"backbone.model: torchvision has no model {model}{hint}")
     family = models.get_model_builder(model).__module__.rpartition(".")[2]
     if family not in FAMILIES:
@@ -194,10 +193,7 @@ def torchvision_backbone(
     own_name = weights is not None and weights not in entries.__members__
     is_file = weights is not None and own_name and is_weights_path(weights)
     if weights is not None and not is_file and weights not in entries.__members__:
-        raise ValueError(
-            f"backbone.weights={weights}: {model} has {', '.join(entries.__members__)}; or give "
-            "a .pth or .safetensors file, a run folder, or null"
-        )
+        raise unknown_weights(weights, model, [*entries.__members__])
     entry = None if weights is None or is_file else entries[weights]
     file, note = None, ""
     if pretrained and entry is not None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graft.config.words import did_you_mean
 from graft.storage.run_json import read_record
 from graft.transforms.preprocessing import Preprocessing
 
@@ -256,6 +257,14 @@ def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
             f"weights: {source} holds values that are not finite in {len(broken)} tensors, first "
             f"{broken[0]}: they come from a run that diverged"
         )
+
+
+def unknown_weights(weights: str, model: str, names: Sequence[str]) -> ValueError:
+    """The error for `weights` that are no file and none of the `names` that `model` has."""
+    return ValueError(
+        f"backbone.weights={weights}{did_you_mean(weights, names) or ':'} {model} has "
+        f"{', '.join(names) or 'none'}; or give a .pth or .safetensors file, a run folder, or null"
+    )
 
 
 def describe_origin(entry: str, weights: str | None, *, known: bool) -> str:
