@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -97,3 +99,16 @@ def test_the_device_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads, words in {1: "CPU, 1 thread, devices=1", 2: "CPU, 2 threads, devices=1"}.items():
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
         assert describe_device(options) == f"{words}, precision 32-true"
+
+
+@pytest.mark.parametrize(
+    ("devices", "first"), [(1, 0), ("auto", 0), (-1, 0), ([1], 1), ([2, 0], 2)]
+)
+def test_the_gpu_that_is_named_is_the_first_of_the_run(
+    devices: Any, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: f"GPU {device}")
+    options = {"accelerator": "gpu", "devices": devices, "precision": "32-true"}
+    assert describe_device(options) == f"GPU {first}, devices={devices}, precision 32-true"
+    assert describe_device({**options, "devices": [3]}).startswith("gpu, devices=[3]")

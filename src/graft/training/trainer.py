@@ -114,13 +114,15 @@ def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_device(options: dict[str, Any]) -> str:
-    where = options["accelerator"]
+    where, devices = options["accelerator"], options["devices"]
     if where == "gpu":
-        where = torch.cuda.get_device_name()
+        first = devices[0] if isinstance(devices, list) and devices else 0
+        if first < torch.cuda.device_count():  # Lightning says it of one that is not there
+            where = torch.cuda.get_device_name(first)
     elif where == "cpu":
         threads = torch.get_num_threads()
         where = f"CPU, {threads} thread{'s' * (threads > 1)}"
-    return f"{where}, devices={options['devices']}, precision {options['precision']}"
+    return f"{where}, devices={devices}, precision {options['precision']}"
 
 
 def started_processes() -> int:
