@@ -24,6 +24,7 @@ from graft.features.store import FeatureStore
 from graft.models.torchvision import torchvision_backbone
 from graft.storage import shards
 from graft.storage.digests import module_digest
+from graft.storage.npy import locked
 from graft.storage.shards import ShardedRows
 from graft.storage.stored import StoredFeatures
 from graft.training.build import build, build_stages
@@ -399,6 +400,26 @@ def test_the_cache_command_goes_by_the_last_use_and_not_by_the_last_look(
     assert not features.exists()
 
 
+@pytest.mark.parametrize("action", ["--all", "--days=0"])
+def test_features_that_are_being_computed_are_not_pruned(
+    graft: Graft, entry: ShardedRows, tmp_path: Path, action: str
+) -> None:
+    """Neither during the work on a part nor between two parts."""
+    told = []
+
+    def prune(*progress: int) -> None:
+        told.append(graft("cache", "prune", action, "--cache", str(tmp_path)).stdout)
+
+    def compute(positions: np.ndarray) -> np.ndarray:
+        prune()
+        return expected(positions)
+
+    entry.fill(compute, prune)
+    assert len(told) == 2 * len(entry.shards) + 1
+    assert all("features-x  unfinished: a run is filling it\n1 entries" in t for t in told[:-1])
+    assert told[-1].startswith("deleted")  # all is done
+
+
 def test_the_cache_command_beside_a_run_that_fills_the_cache(
     graft: Graft, entry: ShardedRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +434,13 @@ def test_the_cache_command_beside_a_run_that_fills_the_cache(
         done = graft("cache", action)
         assert (done.returncode, done.stderr) == (0, "")
         assert "2 entries" in done.stdout
+
+    with locked(cache / "folder-x.lock"):
+        done = graft("cache", "prune", "--all")
+    assert "1 entries" in done.stdout
+    assert "folder-x-native.partial  unfinished: a run is filling it" in done.stdout
+    assert not (cache / "features-x").exists()
+    shutil.copytree(entry.path, cache / "features-x")
 
     def busy(path: Path) -> None:
         raise OSError(errno.ENOTEMPTY, "Directory not empty")

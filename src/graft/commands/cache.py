@@ -6,9 +6,11 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from graft.commands import Parser
 from graft.config.names import visible
@@ -83,6 +85,20 @@ def _is_torn(shard: Path) -> bool:
         return False
 
 
+def delete(path: Path) -> None:
+    """Delete an entry under its locks: those of its parts in it, or that of its images beside it.
+
+    Raises:
+        Timeout: another process holds one of them, so it is filling the entry.
+        OSError: the entry cannot be deleted.
+    """
+    beside = [lock for lock in path.parent.glob("*.lock") if path.name.startswith(lock.stem)]
+    with ExitStack() as locks:
+        for lock in [*path.glob("*.lock"), *beside]:
+            locks.enter_context(FileLock(lock).acquire(timeout=0))
+        shutil.rmtree(path)
+
+
 def main(arguments: Sequence[str]) -> None:
     default = own_cache()
     parser = Parser(
@@ -107,8 +123,11 @@ def main(arguments: Sequence[str]) -> None:
             print(visible(entry.line))
         elif options.all or entry.days >= options.days:
             try:
-                shutil.rmtree(entry.path)
-            except OSError as error:  # it is somebody else's, or a run is filling it
+                delete(entry.path)
+            except Timeout:
+                print(f"left    {visible(entry.line)}: a run is filling it")
+                continue
+            except OSError as error:  # it is somebody else's
                 print(f"left    {visible(entry.line)}: {error.strerror}")
                 continue
             kept.remove(entry)

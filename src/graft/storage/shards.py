@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -94,6 +95,9 @@ class ShardedRows:
         if not waiting:
             return
         self._make_room(len(waiting))
+        # Also between two shards: `graft cache prune` leaves what somebody holds a lock of.
+        filling = FileLock(self.path / f"filling-{secrets.token_hex(4)}.lock")
+        filling.acquire()
         try:
             while waiting:
                 got_one = False
@@ -106,6 +110,8 @@ class ShardedRows:
                     with locked(self.path / f"{waiting[0]:05d}.lock"):
                         pass  # its writer has finished, or was killed: look again
         finally:
+            filling.release()
+            Path(filling.lock_file).unlink(missing_ok=True)
             if progress is not None:
                 progress(len(self.shards), len(self.shards))
         for lock in self.path.glob("*.lock"):
