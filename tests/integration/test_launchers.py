@@ -102,7 +102,7 @@ def test_started_again_a_sweep_runs_what_is_not_done(
         once = graft("train", "-m", *TINY, "seed=0,1", f"hydra.sweep.dir={folder}")
     assert once.returncode == 1
     assert statuses(folder) == ["done", "failed"]
-    assert f"graft resume {folder} retries 1 jobs" in once.stdout
+    assert f"graft resume {folder} retries 1 job\n" in once.stdout
     done = next(folder.glob("*seed0/run.json"))
     before = done.read_bytes()
     again = graft("resume", str(folder), "seed=0,1,2")

@@ -15,6 +15,7 @@ from PIL import Image
 from graft.compare.groups import ABSENT, Comparison, grouped
 from graft.compare.plots import learning_curve
 from graft.compare.statistics import paired, summarise, t_inside, t_quantile
+from graft.compare.tables import left_out
 from graft.runs.folder import FORMAT
 from graft.runs.records import find_runs, read_run, text
 from tests.conftest import Graft
@@ -164,7 +165,7 @@ def test_of_runs_of_one_config_and_seed_the_newest_counts(tmp_path: Path) -> Non
     add_run(tmp_path, 0.7, started="2026-01-01")
     comparison = compared(tmp_path)
     assert comparison.groups[0].numbers("test/acc") == {"0": 0.5}
-    assert len(comparison.repeats) == 1
+    assert left_out(comparison) == ["left out: 1 older run of a config and seed that ran again"]
 
 
 def test_a_record_without_the_config_is_completed_from_its_file(tmp_path: Path) -> None:

@@ -370,7 +370,7 @@ def test_a_second_run_does_not_touch_the_backbone(
 
 def test_the_cache_command_lists_verifies_and_prunes(graft: Graft, tmp_path: Path) -> None:
     assert graft("train", *TINY, "transfer=linear_probe").returncode == 0
-    assert "random weights; blocks 5 of 5; 44 images of train" in graft("cache").stdout
+    assert "weights; blocks 5 of 5; 44 images of train, 1 view; 32 px" in graft("cache").stdout
     assert graft("cache", "verify").stdout.count("whole") == 3
     flip_a_byte(next((tmp_path / "cache").glob("features-*/00000-*.npy")))
     done = graft("cache", "verify")
@@ -396,7 +396,7 @@ def test_the_cache_command_goes_by_the_last_use_and_not_by_the_last_look(
     for file in (tmp_path / "cache").rglob("*"):
         os.utime(file, (time.time(), old))
     images.load(form)
-    assert "1 entries" in graft("cache", "prune", "--days", "30").stdout
+    assert "\n1 entry, " in graft("cache", "prune", "--days", "30").stdout
     assert not features.exists()
 
 
@@ -416,7 +416,7 @@ def test_features_that_are_being_computed_are_not_pruned(
 
     entry.fill(compute, prune)
     assert len(told) == 2 * len(entry.shards) + 1
-    assert all("features-x  unfinished: a run is filling it\n1 entries" in t for t in told[:-1])
+    assert all("features-x  unfinished: a run is filling it\n1 entry, " in t for t in told[:-1])
     assert told[-1].startswith("deleted")  # all is done
 
 
@@ -437,7 +437,7 @@ def test_the_cache_command_beside_a_run_that_fills_the_cache(
 
     with locked(cache / "folder-x.lock"):
         done = graft("cache", "prune", "--all")
-    assert "1 entries" in done.stdout
+    assert "\n1 entry, " in done.stdout
     assert "folder-x-native.partial  unfinished: a run is filling it" in done.stdout
     assert not (cache / "features-x").exists()
     shutil.copytree(entry.path, cache / "features-x")

@@ -4,6 +4,7 @@ import pytest
 from rich.table import Table
 
 from graft.config.names import file_word, shortened, visible
+from graft.config.words import plural
 from graft.reporting.console import LiteralConsole
 
 
@@ -86,3 +87,8 @@ def test_long_names_are_cut_in_bytes_and_stay_different():
     assert one != other
     assert max(len(name.encode()) for name in (one, other)) <= 120
     assert one.startswith("猫" * 30)
+
+
+def test_one_is_no_plural():
+    assert [plural(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
+    assert [plural(n, "entry", "entries") for n in (1, 2)] == ["1 entry", "2 entries"]

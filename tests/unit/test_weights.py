@@ -141,7 +141,7 @@ def test_channels_and_broken_values_are_named(state: State, tmp_path: Path) -> N
         with pytest.raises(ValueError, match=f"takes {channels}-channel images .*have 3"):
             squeezenet(tmp_path / "x.pth")
     torch.save({**state, first: state[first] * float("nan")}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=f"not finite in 1 tensors, first {first}"):
+    with pytest.raises(ValueError, match=f"not finite in 1 tensor, first {first}"):
         squeezenet(tmp_path / "x.pth")
     torch.save({**state, first: torch.tensor(1.0)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"x\.pth does not fit .*of another shape"):

@@ -18,6 +18,7 @@ from graft.commands import Parser
 from graft.config.names import file_word, shortened, visible
 from graft.config.overrides import place
 from graft.config.resolved import CONFIGS
+from graft.config.words import plural
 from graft.runs.folder import name_words
 from graft.runs.records import Run, find_runs, read_run, run_folders
 
@@ -77,7 +78,8 @@ def serve(folder: Path, port: int | None) -> None:
                 address = board.launch()
         except TensorBoardServerException as error:
             raise ValueError(f"--port {port}: {error.msg}") from error
-        print(f"{len(runs)} runs of {visible(str(folder))}: {address} (Ctrl-C ends it)", flush=True)
+        count = plural(len(runs), "run")
+        print(f"{count} of {visible(str(folder))}: {address} (Ctrl-C ends it)", flush=True)
         while True:
             time.sleep(EVERY)
             links.update()

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from graft.commands import Parser
 from graft.config.names import visible
 from graft.config.overrides import own_cache, place
+from graft.config.words import plural
 from graft.data.sources.base import read_entry
 from graft.storage.disk import readable
 from graft.storage.reading import read_json
@@ -59,7 +60,9 @@ def _entry(path: Path) -> Entry:
 def _describe(path: Path) -> str:
     if not path.name.startswith("features-"):
         info = read_entry(path)
-        return f"images of {len(info['classes'])} classes" if info else "unfinished"
+        if info is None:
+            return "unfinished"
+        return f"images of {plural(len(info['classes']), 'class', 'classes')}"
     try:
         about = read_json(path / "about.json")
         return f"{about['backbone']}; blocks {about['blocks']}; {about['rows']}; {about['input']}"
@@ -132,6 +135,8 @@ def main(arguments: Sequence[str]) -> None:
                 continue
             kept.remove(entry)
             print(f"deleted {visible(entry.line)}")
-    print(f"{len(kept)} entries, {readable(sum(e.bytes for e in kept))} in {cache}")
+    count = plural(len(kept), "entry", "entries")
+    print(f"{count}, {readable(sum(e.bytes for e in kept))} in {cache}")
     if bad:
-        sys.exit(f"graft: {bad} damaged files; they are computed again when a run needs them")
+        count = plural(bad, "damaged file")
+        sys.exit(f"graft: {count}: what is damaged is computed again when a run needs it")

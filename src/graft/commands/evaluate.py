@@ -30,6 +30,7 @@ from graft.config.overrides import (
     search_path,
 )
 from graft.config.resolved import CONFIGS, check, explain, moved
+from graft.config.words import plural
 from graft.runs.open import checkpoint_path, read_checkpoint, read_overrides, read_run
 from graft.runs.trust import add_trust
 from graft.storage.disk import write_atomically
@@ -188,7 +189,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     where = settings.data[0] if settings.data else "the run's own test split"
     report.say(f"run       {run}" + (f" (status {status})" if status != "done" else ""))
     report.say(f"weights   {path.name} of stage {stage}, epoch {epoch}")
-    report.say(f"data      {where}: {len(test):,} images")
+    report.say(f"data      {where}: {plural(len(test), 'image')}")
     for note in notes(datamodule, record, other=bool(settings.data)):
         report.say(f"note      {note}")
     report.say(f"device    {device}")

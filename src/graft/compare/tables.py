@@ -8,6 +8,7 @@ from functools import partial
 from graft.compare.groups import ABSENT, Comparison, Group
 from graft.compare.statistics import Summary, paired
 from graft.compare.table import Column, Table
+from graft.config.words import plural
 from graft.reporting.console import is_share
 from graft.runs.records import Run, known, objective
 
@@ -77,7 +78,7 @@ def group_table(
             pairs = sum(o not in (None, g) for g, o in zip(groups, others, strict=True))
             notes.append(
                 "difference from the baseline, and p of a two-sided paired t-test over common "
-                f"seeds (not corrected for {pairs} comparisons)"
+                f"seeds (not corrected for {plural(pairs, 'comparison')})"
             )
     columns.append(Column("n", ["n"]))
     for group in groups:
@@ -190,7 +191,7 @@ def _level_name(key: str, level: str, groups: Iterable[Group]) -> str:
     size = sizes.pop() if len(sizes) == 1 else ABSENT
     if key not in ("data.train_fraction", "data.shots_per_class") or not size.isdigit():
         return level
-    return f"{level} ({int(size):,} images)"
+    return f"{level} ({plural(int(size), 'image')})"
 
 
 def left_out(comparison: Comparison) -> list[str]:
@@ -209,8 +210,8 @@ def left_out(comparison: Comparison) -> list[str]:
         if len(statuses) > LISTED:
             lines.append(f"- and {len(statuses) - LISTED} more: see --each")
     if comparison.repeats:
-        count = len(comparison.repeats)
-        lines.append(f"left out: {count} older runs of a config and seed that ran again")
+        older = plural(len(comparison.repeats), "older run")
+        lines.append(f"left out: {older} of a config and seed that ran again")
     return lines
 
 

@@ -1,9 +1,14 @@
-"""Words of messages: a hint for a mistyped name."""
+"""Words of messages: a count with its noun, and a hint for a mistyped name."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """`1 image`, `2,000 images`; `many` is the plural of a noun that takes more than an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

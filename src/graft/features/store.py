@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 import graft
+from graft.config.words import plural
 from graft.data.datasets import views_count
 from graft.features.prefix import Extractor, FrozenPrefix
 from graft.storage.digests import entry_path, module_digest, source_of
@@ -169,7 +170,8 @@ class FeatureStore:
         about = {
             "backbone": backbone.description or "a backbone",
             "blocks": f"{self.cut} of {len(backbone.blocks)}",
-            "rows": f"{len(data.splits[split])} images of {split}, {views_count(views)} views",
+            "rows": f"{plural(len(data.splits[split]), 'image')} of {split}, "
+            f"{plural(views_count(views), 'view')}",
             "input": f"{data.preprocessing.crop_size} px",
         }
         path = entry_path(self.cache, parts)
@@ -178,7 +180,7 @@ class FeatureStore:
     def _filled(self, split: str, entry: ShardedRows) -> StoredFeatures:
         if missing := len(entry.missing()):
             self.tell(
-                f"features  {split}: computing {missing} of {len(entry.shards)} parts, "
+                f"features  {split}: computing {missing} of {plural(len(entry.shards), 'part')}, "
                 f"{readable(entry.bytes)} in {entry.path}"
             )
             started = time.perf_counter()

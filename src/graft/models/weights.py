@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graft.config.words import did_you_mean
+from graft.config.words import did_you_mean, plural
 from graft.storage.run_json import read_record
 from graft.transforms.preprocessing import Preprocessing
 
@@ -189,7 +189,7 @@ def load_file_into(
     state = {name: value for name, value in best.state.items() if name not in foreign}
     check_finite(state, file.path)
     load_state(module, state, source=file.path, optional=optional, label=label)
-    line = f"{best.fitting} tensors of {file.path}"
+    line = f"{plural(best.fitting, 'tensor')} of {file.path}"
     line += f", from {best.where}" if best.where else ""
     line += f", {best.prefix} taken off their names" if best.prefix else ""
     if left := [*foreign, *best.others]:
@@ -254,8 +254,8 @@ def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
     """Weights of a run that diverged are refused where they are loaded."""
     if broken := [key for key, value in state.items() if not value.isfinite().all()]:
         raise ValueError(
-            f"weights: {source} holds values that are not finite in {len(broken)} tensors, first "
-            f"{broken[0]}: they come from a run that diverged"
+            f"weights: {source} holds values that are not finite in "
+            f"{plural(len(broken), 'tensor')}, first {broken[0]}: a run that diverged wrote them"
         )
 
 

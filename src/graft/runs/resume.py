@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graft.config.overrides import PLACES, SEARCHPATH, key_of, path_of, search_path
 from graft.config.renamed import as_current
 from graft.config.resolved import CONFIGS, check, leaves, moved, set_leaf
+from graft.config.words import plural
 from graft.runs.folder import FINAL, FORMAT, RunFolder
 from graft.runs.open import damaged, read_checkpoint, read_config, read_overrides, require_closed
 from graft.runs.startup import import_libraries, is_first_process
@@ -220,7 +221,8 @@ def progress(folder: RunFolder, config: dict[str, Any], *, tell: Tell = print) -
         tell("note: this run did not record its images, so they are taken to be unchanged")
     resumed.checkpoint = path
     resumed.step += checkpoint["global_step"]
-    tell(f"resuming  {folder.path}: stage {name} after {epochs} epochs, step {resumed.step}")
+    after = f"after {plural(epochs, 'epoch')}, step {resumed.step}"
+    tell(f"resuming  {folder.path}: stage {name} {after}")
     return resumed
 
 

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from graft.config.overrides import key_of, place, quoted, whole_command
 from graft.config.resolved import check, chosen_options, leaves
+from graft.config.words import plural
 from graft.reporting.console import console
 from graft.runs.entry import failures
 from graft.runs.folder import FINAL, RunFolder, run_name
@@ -131,7 +132,7 @@ class SweepLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        console.print(f"sweep     {len(job_overrides)} jobs in {self.path}")
+        console.print(f"sweep     {plural(len(job_overrides), 'job')} in {self.path}")
         composed = [self.compose(overrides) for overrides in job_overrides]  # or none is run
         with self.locked():
             self.note_command()
@@ -211,7 +212,7 @@ class SweepLauncher(Launcher):
         """
         progress = Progress(total, skipped)
         if skipped:
-            console.print(f"sweep     {skipped} of {total} jobs have ended earlier")
+            console.print(f"sweep     {skipped} of {plural(total, 'job')} ended earlier")
         running: list[Job] = []
         try:
             with StopSignals().handled() as stop, progress.shown(live=self.runner.quiet):
@@ -226,7 +227,8 @@ class SweepLauncher(Launcher):
             raise
         print(summarise(self.path), end="")
         if progress.failed:
-            print(f"again     graft resume {self.path} retries {len(progress.failed)} jobs")
+            failed = plural(len(progress.failed), "job")
+            print(f"again     graft resume {self.path} retries {failed}")
         failures.extend(progress.failed)
 
     def _run(

@@ -14,6 +14,7 @@ from typing import Any
 
 from graft.config.checks import POSITIVE_INT
 from graft.config.resolved import explain
+from graft.config.words import plural
 from graft.reporting.console import console
 from graft.runs.trust import EVERYTHING, TRUST
 from graft.sweeps.launch import Job
@@ -79,7 +80,8 @@ class Processes:
             )
         if self.on_gpus and self.wanted(trainer) > (there := len(set(self.slots))):
             raise ValueError(
-                f"trainer.devices={trainer['devices']}: the sweep's queue has {there} devices"
+                f"trainer.devices={trainer['devices']}: the sweep's queue has "
+                f"{plural(there, 'device')}"
             )
 
     def wanted(self, trainer: dict[str, Any]) -> int:
@@ -143,7 +145,8 @@ class Processes:
                     os.killpg(process.pid, signal.SIGKILL)
 
         if processes:
-            console.print(f"stopping  {len(processes)} jobs, which save; again to end them at once")
+            count = plural(len(processes), "job")
+            console.print(f"stopping  {count}, after a save; again to stop at once")
         with handled_by(kill):
             for _, process in processes:
                 process.terminate()

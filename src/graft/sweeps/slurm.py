@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.config.checks import POSITIVE_INT
+from graft.config.words import plural
 from graft.reporting.console import console
 from graft.sweeps.launch import Job
 from graft.sweeps.processes import ranks
@@ -76,7 +77,8 @@ class Slurm:
         """Leaves them to SLURM: closing a terminal is no reason to lose them."""
         if left := [job for job in jobs if job.number in self.submitted]:
             names = " ".join(self.submitted[job.number].job_id for job in left)
-            console.print(f"note: {len(left)} jobs stay with SLURM; to cancel: scancel {names}")
+            count = plural(len(left), "job")
+            console.print(f"note: SLURM keeps {count}; to cancel: scancel {names}")
 
 
 def resume(path: str, trusted: bool = False) -> None:

@@ -22,6 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from graft.config.objects import make
+from graft.config.words import plural
 from graft.reporting.console import console, measured
 from graft.runs.entry import failures
 from graft.runs.records import objective
@@ -60,7 +61,7 @@ def mend(path: Path) -> None:
     lines = read_bytes(path, 1 << 30).splitlines(keepends=True)
     whole = [line for line in lines if _is_record(line)]
     if whole != lines:
-        console.print(f"note: {len(lines) - len(whole)} torn lines of {path} are left out")
+        console.print(f"note: {plural(len(lines) - len(whole), 'torn line')} left out of {path}")
         write_atomically(path, b"".join(whole))
 
 

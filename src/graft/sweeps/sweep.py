@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from graft.config.words import plural
 from graft.runs.folder import SWEEP
 from graft.storage.disk import create_exclusively, write_atomically
 
@@ -59,7 +60,7 @@ def summarise(sweep: Path) -> str:
     comparison = grouped(runs)
     write_atomically(sweep / "summary.csv", run_table(runs, comparison.columns).csv())
     done = sum(len(group.runs) for group in comparison.groups)
-    lines = [f"\nsweep     {done} of {len(runs)} runs done in {sweep}"]
+    lines = [f"\nsweep     {done} of {plural(len(runs), 'run')} done in {sweep}"]
     if not done:
         notes = left_out(comparison)
         write_atomically(sweep / "summary.md", "\n".join([*lines, *notes]) + "\n")
