@@ -143,7 +143,7 @@ def run(
 
 def finetune(a: argparse.Namespace) -> dict[str, float]:
     """All of a network on images, by PIL transforms in two workers."""
-    from baselines import CLASSES, folders, loaders, network, sgd
+    from baselines_parts import CLASSES, folders, loaders, network, sgd
 
     net = network(a.model, a.weights, CLASSES)[0]
     clock = EpochClock(str(a.out / "epochs.json"))
@@ -169,7 +169,7 @@ def sweep() -> None:
     from hydra.core.hydra_config import HydraConfig
     from torch.utils.data import TensorDataset
 
-    from baselines import adamw, linear_head, loaders
+    from baselines_parts import adamw, linear_head, loaders
 
     ConfigStore.instance().store("job", Job)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from baselines import (
+from baselines_parts import (
     CLASSES,
     DEVICE,
     Result,

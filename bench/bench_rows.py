@@ -8,8 +8,9 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bench_contestants import Bench
 from bench_measure import (
     Contestant,
     Line,
@@ -22,10 +23,7 @@ from bench_measure import (
     verdict,
 )
 
-if TYPE_CHECKING:
-    from bench import Bench
-
-Row = Callable[["Bench"], Iterable[Line]]
+Row = Callable[[Bench], Iterable[Line]]
 ROWS: dict[str, Row] = {}
 WEIGHTS = "IMAGENET1K_V1"
 SQUEEZENET = ["backbone=squeezenet1_1", f"backbone.weights={WEIGHTS}"]
@@ -315,7 +313,7 @@ def input_pipeline(bench: Bench) -> Iterator[Line]:
     import torch
     from PIL import Image
 
-    from baselines import pil_transform
+    from baselines_parts import pil_transform
 
     _, data = frozen(bench, warm_cache(bench))
     train = data.splits["train"]

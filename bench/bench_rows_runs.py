@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bench_contestants import Bench
 from bench_measure import (
     Contestant,
     Line,
@@ -33,9 +33,6 @@ from bench_rows import (
     row,
     warm_cache,
 )
-
-if TYPE_CHECKING:
-    from bench import Bench
 
 TINY = [
     "data=synthetic",

@@ -1,4 +1,7 @@
-"""The rooms of `src/graft`: imports go down one list, without circles; few private names."""
+"""The rooms of `src/graft`: imports go down one list, without circles; few private names.
+
+The files of `bench` have no order, and no circles either.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[2] / "src"
+BENCH = SRC.parent / "bench"
 ROOMS = (
     "cli", "commands", "sweeps", "compare", "runs", "evaluation", "training", "reporting",
     "features", "plan", "tasks", "models", "data", "transforms", "storage", "config",
@@ -87,6 +91,18 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         for module, tree in modules().items()
         if module.count(".")
     }
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_no_file_of_the_benchmark_imports_itself_by_way_of_others() -> None:
+    files = {path.stem: ast.parse(path.read_text()) for path in BENCH.glob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for name, tree in files.items():
+        nodes = [*ast.walk(tree)]
+        found = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        found |= {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+        graph[name] = found & files.keys()
+    assert graph["bench"]
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
