@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from graft.config.words import plural
 from graft.data.datasets import Batch, FeatureDataset, ImageDataset, drawn_view, views_count
 from graft.data.items import SplitRecord
 from graft.data.loaders import Batches, Steps, whole_batches
@@ -203,7 +204,7 @@ class TransferDataModule(L.LightningDataModule):
         hint = (
             f"; data.batch_size={better} has {images // better}" if better < self.batch_size else ""
         )
-        yield f"an epoch has {count} {'step' if count == 1 else 'steps'}{unused}{hint}"
+        yield f"an epoch has {plural(count, 'step')}{unused}{hint}"
 
     def record(self) -> SplitRecord:
         """The items of each split."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from graft.config.words import plural
 from graft.data.datasets import ImageDataset
 from graft.data.sources.base import Split, Splits
 from graft.data.subset import shots_per_class as draw_shots
@@ -69,9 +70,8 @@ def _below(least: int, labels: np.ndarray, classes: list[str]) -> str:
     if not len(few):
         return ""
     first = few[np.argmin(counts[few])]
-    images = "image" if counts[first] == 1 else "images"
     more = f" ({len(few) - 1} more classes have too few)" if len(few) > 1 else ""
-    return f"class {classes[present[first]]} has {counts[first]} {images}{more}"
+    return f"class {classes[present[first]]} has {plural(int(counts[first]), 'image')}{more}"
 
 
 def check_splits(loaded: Splits, source: str) -> None:

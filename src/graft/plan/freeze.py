@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graft.config.words import plural
 from graft.models.backbone import Backbone
 
 Trainable = str | int | Sequence[str]
@@ -38,7 +39,8 @@ def learning_parameters(backbone: Backbone, trainable: Trainable) -> list[str]:
         learnable = backbone.learnable_blocks
         if not 1 <= trainable <= len(learnable):
             raise ValueError(
-                f"trainable={trainable}: the backbone has {len(learnable)} blocks with parameters"
+                f"trainable={trainable}: the backbone has {plural(len(learnable), 'block')} with "
+                "parameters"
             )
         trainable = learnable[-trainable:]
     wanted = [trainable] if isinstance(trainable, str) else list(trainable)

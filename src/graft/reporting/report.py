@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
+from graft.config.words import plural
 from graft.data.datamodule import TransferDataModule
 from graft.models.backbone import Backbone
 from graft.models.heads import Head
@@ -41,12 +42,12 @@ def print_start(
     sizes = ", ".join(f"{size:,} {name}" for name, size in datamodule.describe().items())
     crop = f" of {p.resize_size}" if p.resize_size != p.crop_size else ""
     origin = p.origin or "with mean " + " ".join(f"{v:g}" for v in p.mean)
-    kind = "classes" if datamodule.splits["train"].targets is None else "targets"
-    say(f"data      {sizes} images, {len(classes)} {kind} ({names})")
+    kind = ("class", "classes") if datamodule.splits["train"].targets is None else ("target",)
+    say(f"data      {sizes} images, {plural(len(classes), *kind)} ({names})")
     say(f"input     {p.crop_size} x {p.crop_size} px{crop}, {p.interpolation}, normalised {origin}")
     say(
         f"backbone  {backbone.description or 'no weights named'}: "
-        f"{_count(backbone):,} parameters, {len(backbone.blocks)} blocks, "
+        f"{_count(backbone):,} parameters, {plural(len(backbone.blocks), 'block')}, "
         f"{backbone.num_features} features"
     )
     if backbone.taken:
@@ -64,12 +65,13 @@ def print_stage(stage: Stage, rows: Sequence[Mapping[str, Any]], head: nn.Module
         return
     if stage.grid is not None:
         points = stage.grid.points
-        say(f"grid      {len(points)} heads in one pass over the features")
+        say(f"grid      {plural(len(points), 'head')} in one pass over the features")
         seeds = {point.seed for point in points}
         if len(seeds) > 1 and all(bool((p[0] == p[1]).all()) for p in head.parameters()):
             say("          note: these heads start equal whatever the seed, so they stay equal")
-    epochs = "1 epoch" if stage.epochs == 1 else f"{stage.epochs} epochs"
-    table = Table(title=f"stage {stage.name}: {epochs}", title_justify="left")
+    table = Table(
+        title=f"stage {stage.name}: {plural(stage.epochs, 'epoch')}", title_justify="left"
+    )
     for column in rows[0]:
         table.add_column(column, justify="left" if column in WORDS else "right")
     for row in rows:

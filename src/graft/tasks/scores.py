@@ -17,6 +17,8 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
 )
 
+from graft.config.words import plural
+
 BINS = 15  # of confidence, for the calibration error: Guo et al. 2017
 CHUNK = 4_000_000  # images drawn at a time: 32 MB
 
@@ -102,7 +104,7 @@ def lowest_recall(p: Predictions, classes: Sequence[str]) -> str:
     none = there[right[there] == 0]
 
     def named(i: int) -> str:
-        return f"{classes[i]} ({images[i]:,} image{'s' * bool(images[i] != 1)})"
+        return f"{classes[i]} ({plural(int(images[i]), 'image')})"
 
     if len(none):
         names = ", ".join(map(named, none[:5])) + (", ..." if len(none) > 5 else "")

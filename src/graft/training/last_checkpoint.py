@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import WeightAveraging
 
+from graft.config.words import plural
 from graft.plan.results import LAST
 from graft.reporting.loggers import flush
 from graft.training.best import state_of_format_2
@@ -162,8 +163,9 @@ class LastCheckpoint(L.Callback):
         state = checkpoint["resume"]
         if len(state["ranks"]) != trainer.world_size:
             raise ValueError(
-                f"the checkpoint is of {len(state['ranks'])} processes and this run has "
-                f"{trainer.world_size}: batches would be others; set trainer.devices and num_nodes"
+                f"the checkpoint is of {plural(len(state['ranks']), 'process', 'processes')} and "
+                f"this run has {trainer.world_size}: batches would be others; set "
+                "trainer.devices and num_nodes"
             )
         self.resumed = state["ranks"][trainer.global_rank]
         self.saved_step = checkpoint["global_step"]

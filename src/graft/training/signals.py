@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from graft.config.words import plural
 from graft.training.watch import PARENT, Watch
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Pruned(Exception):
     """The pruner of a sweep gave this run up; every rank knows."""
 
     def __init__(self, epoch: int, best: float) -> None:
-        super().__init__(f"pruned after {epoch + 1} epochs")
+        super().__init__(f"pruned after {plural(epoch + 1, 'epoch')}")
         self.best = best
 
 

@@ -27,6 +27,7 @@ def take(trainer: Any, steps: Steps, loss_of: Callable[[Batch], Tensor]) -> None
     monitors = [c for c in trainer.callbacks if isinstance(c, LearningRateMonitor)]
     optimizer = module.optimizers(use_pl_optimizer=False)
     scheduler = module.lr_schedulers()
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
     mixed = isinstance(trainer.precision_plugin, MixedPrecision)
     for number, batch in enumerate(steps):
         if number:  # at the first one Lightning has done this
@@ -34,7 +35,8 @@ def take(trainer: Any, steps: Steps, loss_of: Callable[[Batch], Tensor]) -> None
             for monitor in monitors:
                 monitor.on_train_batch_start(trainer, module)
         loss = loss_of({name: value.to(module.device) for name, value in batch.items()})
-        optimizer.zero_grad()
+        for parameter in learning:  # `zero_grad` takes a tenth of a step
+            parameter.grad = None
         if mixed:  # what autocast has kept of the weights goes with these weights alone
             with torch.autocast(module.device.type, enabled=False):
                 loss.sum().backward()

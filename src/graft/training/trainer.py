@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from graft.config.objects import make
+from graft.config.words import plural
 from graft.models.backbone import Backbone
 from graft.plan.stage import Stage
 from graft.reporting.report import EpochLines, say
@@ -120,8 +121,7 @@ def describe_device(options: dict[str, Any]) -> str:
         if first < torch.cuda.device_count():  # Lightning says it of one that is not there
             where = torch.cuda.get_device_name(first)
     elif where == "cpu":
-        threads = torch.get_num_threads()
-        where = f"CPU, {threads} thread{'s' * (threads > 1)}"
+        where = f"CPU, {plural(torch.get_num_threads(), 'thread')}"
     return f"{where}, devices={devices}, precision {options['precision']}"
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import PIL
 
 from graft.config.names import visible
+from graft.config.words import plural
 from graft.data.sources.base import Source, Splits, open_entry, read_entry, save_items, seal
 from graft.data.sources.decode import (
     MixedSizesError,
@@ -130,9 +131,9 @@ class ImageFolder(Source):
         if listing.ignored:
             kinds = Counter(Path(name).suffix or "none" for name in listing.ignored)
             log.warning(
-                "%s: %d files left out, no image by their extension (%s), first: %s",
+                "%s: %s left out, no image by their extension (%s), first: %s",
                 self._shown(),
-                len(listing.ignored),
+                plural(len(listing.ignored), "file"),
                 counted(kinds),
                 visible(listing.ignored[0]),
             )
@@ -147,13 +148,13 @@ class ImageFolder(Source):
         if deep := info.get("deep"):
             black, white = info["value_range"]
             log.info(
-                "%s: %d images of over 8 bits: %g is black, %g white (data.source.value_range)",
-                *(self._shown(), deep, black, white),
+                "%s: %s of over 8 bits: %g is black, %g white (data.source.value_range)",
+                *(self._shown(), plural(deep, "image"), black, white),
             )
         if transparent := info.get("transparent"):
             log.info(
-                "%s: %d images with transparent parts, shown on %s (data.source.background)",
-                *(self._shown(), transparent, self.reading.background),
+                "%s: %s with transparent parts, shown on %s (data.source.background)",
+                *(self._shown(), plural(transparent, "image"), self.reading.background),
             )
 
     def _check(self, entry: Path) -> str | None:
