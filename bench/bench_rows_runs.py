@@ -58,7 +58,7 @@ def head_epoch(bench: Bench) -> Iterator[Line]:
             epochs=bench.epochs or 10,
         ),
     }
-    yield bench.versus("head-epoch", pair, 0.6)
+    yield bench.versus("head-epoch", pair, 0.95)
 
 
 @row("partial-finetune")
