@@ -14,6 +14,7 @@ import torch
 from graft import cli
 from graft.plan.schedules import one_cycle
 from graft.runs.folder import RunFolder
+from graft.training import run_stages
 from graft.training.last_checkpoint import LastCheckpoint
 from graft.training.module import TransferModule
 from tests.integration.conftest import (
@@ -156,6 +157,20 @@ def test_checkpoints_by_time(runs: Runs, break_at: Break, monkeypatch: pytest.Mo
     folder, _ = runs.start("fine-tuning", *minutes)
     last = torch.load(folder / "checkpoints" / "finetune" / "last.ckpt", weights_only=True)
     assert 0 < last["global_step"] < 5
+
+
+@pytest.mark.parametrize("number", [9, 11])  # in an epoch, and at its start
+def test_a_head_goes_on_in_batches_of_as_many_steps_on_another_device(
+    runs: Runs, break_at: Break, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Where a step of it would be a batch."""
+    whole = runs.whole("two stages")
+    break_at(TransferModule, "loss", number)
+    folder, code = runs.start("two stages")
+    assert code == 1
+    monkeypatch.setattr(run_stages, "SMALL_STEP", 0)
+    runs.resume(folder)
+    assert_equal(folder, whole)
 
 
 def test_tensorboard_shows_each_step_once(runs: Runs, break_at: Break) -> None:

@@ -20,8 +20,35 @@ KINDS: dict[str, list[str]] = {
     "grid": ["optimizer=adamw", "+head.grid={lr:[0.001,0.1],weight_decay:[0.01],seed:[0]}"],
     "views": ["transfer.stages.probe.views=flip"],
     "bfloat16": ["trainer.precision=bf16-mixed", "optimizer=adamw"],
+    "bfloat16, steps with products of matrices": [
+        "trainer.precision=bf16-mixed",
+        "optimizer._target_=torch.optim.Adafactor",
+        "~optimizer.momentum",
+        "~optimizer.nesterov",
+        "optimizer.lr=0.001",
+    ],
+    "an optimizer that calls a closure": [
+        "optimizer._target_=tests.unit.test_steps.Twice",
+    ],
     "saved every two steps": ["trainer.checkpoint_every_n_steps=2"],
 }
+
+
+class Twice(torch.optim.SGD):
+    """As sharpness-aware minimisation, L-BFGS and others: it computes gradients by itself."""
+
+    cleared = 0
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        super().step()
+        loss = closure()
+        super().step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        Twice.cleared += 1
+        super().zero_grad(set_to_none)
 
 
 def last_checkpoint(run: Trained) -> dict[str, Any]:
@@ -34,7 +61,9 @@ def test_weights_counts_and_logs_are_those_of_lightnings_own_steps(
     train_tiny: Train, monkeypatch: pytest.MonkeyPatch, kind: str, log_every: int
 ) -> None:
     overrides = [*PROBE, *KINDS[kind], f"trainer.log_every_n_steps={log_every}"]
+    Twice.cleared = 0
     several = train_tiny(*overrides)
+    assert Twice.cleared == (30 if "closure" in kind else 0)
     monkeypatch.setattr(run_stages, "steps_per_batch", lambda trainer: 1)
     own = train_tiny(*overrides)
     a, b = last_checkpoint(several), last_checkpoint(own)
@@ -74,6 +103,7 @@ class AccumulateLater(L.Callback):
         "trainer.gradient_clip_val=1",
         "trainer.accumulate_grad_batches=2",
         "trainer.limit_train_batches=4",
+        "trainer.limit_train_batches=1 transfer.stages.probe.cache=on",
         "transfer.stages.probe.cache=off",
         "transfer.stages.probe.ema=0.9",
         "+trainer.profiler=simple",
@@ -85,7 +115,7 @@ def test_where_anything_looks_at_single_steps_a_batch_has_one(
     train_tiny: Train, override: str
 ) -> None:
     Counts.batches = 0
-    run = train_tiny(*PROBE, override)
+    run = train_tiny(*PROBE, *override.split())
     assert last_checkpoint(run)["resume"]["steps_per_batch"] == 1
     assert Counts.batches == (15 if "Counts" in override else 0)
 

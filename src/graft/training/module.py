@@ -129,16 +129,17 @@ class TransferModule(L.LightningModule):
         return self(batch["image"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        loss = None
         if isinstance(batch, Steps):
             take(self.trainer, batch, self.loss)
-        else:
-            loss = self.loss(batch)
-            self.log("train/loss_step", mean_of_heads(loss), batch_size=1)
+            return None
+        loss = self.loss(batch)
+        self.log("train/loss_step", mean_of_heads(loss), batch_size=1)
+        return loss.sum()  # a head's gradient is that of its own loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.is_last_batch and self.grid is None:
             mean = self._mean_trained()  # of all ranks: to average equal values changes nothing
             self.log("train/loss", mean, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        return None if loss is None else loss.sum()  # a head's gradient is that of its own loss
 
     def loss(self, batch: Any) -> Tensor:
         """The training loss of a batch, (), or (K,) of a grid; it counts in the epoch's mean."""

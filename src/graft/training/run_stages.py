@@ -213,7 +213,8 @@ class StartStage(L.Callback):
         small = work < SMALL_STEP
         if head_alone and small:
             torch.set_num_threads(1)
-        if head_alone and stage == "fit" and (small or module.device.type == "cuda"):
+        quick = small or module.device.type == "cuda"
+        if head_alone and stage == "fit" and (quick or self.resumed is not None):
             self._take_several_steps(trainer, module)
         seed_stage(self.datamodule.seed, self.index, trainer.global_rank)
 
@@ -223,6 +224,8 @@ class StartStage(L.Callback):
             with restoring(self.resumed):
                 saved = torch.load(self.resumed, weights_only=True, mmap=True)["resume"]
                 steps = int(saved.get("steps_per_batch", 1))
+                if steps < 1:
+                    raise ValueError(f"steps_per_batch is {steps}")
         module.take_several_steps(steps, len(self.datamodule.order("train", train=True)))
         self.datamodule.steps_per_batch = steps
 

@@ -8,12 +8,15 @@ here, by Lightning's manual optimization: weights, logs and counts are those of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
+from torch.optim import Optimizer
 
 from graft.data.datasets import Batch
 from graft.data.loaders import Steps
@@ -21,34 +24,53 @@ from graft.data.loaders import Steps
 
 def take(trainer: Any, steps: Steps, loss_of: Callable[[Batch], Tensor]) -> None:
     """Train on each batch, as Lightning would."""
-    module = trainer.lightning_module
+    module, device = trainer.lightning_module, trainer.strategy.root_device
     loop, log = trainer.fit_loop.epoch_loop, trainer._logger_connector
     counts = loop.manual_optimization.optim_step_progress
     monitors = [c for c in trainer.callbacks if isinstance(c, LearningRateMonitor)]
     optimizer = module.optimizers(use_pl_optimizer=False)
     scheduler = module.lr_schedulers()
-    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    forward = trainer.precision_plugin.forward_context
     mixed = isinstance(trainer.precision_plugin, MixedPrecision)
-    for number, batch in enumerate(steps):
-        if number:  # at the first one Lightning has done this
-            loop._batches_that_stepped += 1  # the step that is logged
-            for monitor in monitors:
-                monitor.on_train_batch_start(trainer, module)
-        loss = loss_of({name: value.to(module.device) for name, value in batch.items()})
-        for parameter in learning:  # `zero_grad` takes a tenth of a step
+    loss = torch.empty(0)
+
+    def forward_and_backward(batch: Batch) -> Tensor:
+        nonlocal loss
+        with torch.enable_grad():
+            with forward():
+                loss = loss_of(batch)
+            total = loss.sum()
+            zero_grad(optimizer)
+            total.backward()
+        if mixed:
+            torch.clear_autocast_cache()  # of weights as they were before the step
+        return total.detach()
+
+    # Lightning is within autocast here, which is for `forward` alone.
+    with torch.autocast(device.type, enabled=False) if mixed else nullcontext():
+        for number, batch in enumerate(steps):
+            if number:  # at the first one Lightning has done this
+                loop._batches_that_stepped += 1  # the step that is logged
+                for monitor in monitors:
+                    monitor.on_train_batch_start(trainer, module)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            counts.increment_ready()
+            optimizer.step(partial(forward_and_backward, batch))
+            counts.increment_completed()
+            scheduler.step()
+            if log.should_update_logs:
+                log.log_metrics({"train/loss_step": mean_of_heads(loss)})
+    trainer.callback_metrics["train/loss_step"] = mean_of_heads(loss)
+
+
+def zero_grad(optimizer: Optimizer) -> None:
+    """torch's own without the profiler's mark, which takes longer than all the rest."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
             parameter.grad = None
-        if mixed:  # what autocast has kept of the weights goes with these weights alone
-            with torch.autocast(module.device.type, enabled=False):
-                loss.sum().backward()
-            torch.clear_autocast_cache()
-        else:
-            loss.sum().backward()
-        counts.increment_ready()
-        optimizer.step()
-        counts.increment_completed()
-        scheduler.step()
-        if log.should_update_logs:
-            log.log_metrics({"train/loss_step": mean_of_heads(loss)})
 
 
 def mean_of_heads(loss: Tensor) -> Tensor:

@@ -43,14 +43,14 @@ CPU_INSTRUCTIONS = {
 MOST_STEPS = 32  # a signal, and a checkpoint that is due, wait for the end of so many steps
 CALLBACK_HOOKS = (
     "on_train_batch_start",
-    "on_train_batch_end",
     "on_before_zero_grad",
     "on_before_backward",
     "on_after_backward",
+    "on_train_batch_end",
     "on_before_optimizer_step",
 )
 MODULE_HOOKS = (
-    *CALLBACK_HOOKS[:-1],  # l2_sp has the last one
+    *CALLBACK_HOOKS[:-2],  # the last two are there: one is of l2_sp, one looks at the last batch
     "optimizer_step",
     "optimizer_zero_grad",
     "configure_gradient_clipping",
@@ -207,7 +207,8 @@ def steps_per_batch(trainer: Any) -> int:
         and type(trainer.profiler) is PassThroughProfiler
         and trainer.accumulate_grad_batches == 1
         and not trainer.gradient_clip_val
-        and trainer.limit_train_batches == 1.0
+        and isinstance(trainer.limit_train_batches, float)  # 1 is one batch
+        and trainer.limit_train_batches == 1
         and not module.stage.l2_sp
         and module.task.streams == ("train",)
         and not any(is_overridden(hook, module) for hook in MODULE_HOOKS)
