@@ -8,13 +8,11 @@ here, by Lightning's manual optimization: weights, logs and counts are those of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,7 +29,6 @@ def take(trainer: Any, steps: Steps, loss_of: Callable[[Batch], Tensor]) -> None
     optimizer = module.optimizers(use_pl_optimizer=False)
     scheduler = module.lr_schedulers()
     forward = trainer.precision_plugin.forward_context
-    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
     loss = torch.empty(0)
 
     def forward_and_backward(batch: Batch) -> Tensor:
@@ -42,12 +39,10 @@ def take(trainer: Any, steps: Steps, loss_of: Callable[[Batch], Tensor]) -> None
             total = loss.sum()
             zero_grad(optimizer)
             total.backward()
-        if mixed:
-            torch.clear_autocast_cache()  # of weights as they were before the step
         return total.detach()
 
     # Lightning is within autocast here, which is for `forward` alone.
-    with torch.autocast(device.type, enabled=False) if mixed else nullcontext():
+    with torch.autocast(device.type, enabled=False):
         for number, batch in enumerate(steps):
             if number:  # at the first one Lightning has done this
                 loop._batches_that_stepped += 1  # the step that is logged
