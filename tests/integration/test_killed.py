@@ -66,7 +66,7 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     stacks = json.loads((tmp_path / "k" / "stacks.json").read_text())
     assert len(stacks) >= 30
     # If calls become more or fewer, another seed may be needed.
-    for place in ("write_checkpoint", "_EvaluationLoop.run", "LeanEpochLoop.advance",
+    for place in ("write_checkpoint", "_EvaluationLoop.run", "_TrainingEpochLoop.advance",
                   "StartStage.setup", "_keep_best"):  # fmt: skip
         assert any(place in stack.split() for stack in stacks), place
 
