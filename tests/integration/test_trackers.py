@@ -30,7 +30,7 @@ def stopped(graft: Graft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ca
     """`stopped("mlflow")`: a run that crashed in its second stage, resumed."""
 
     def call(logger: str) -> Path:
-        calls, original = 0, TransferModule.training_step
+        calls, original = 0, TransferModule.loss
 
         def broken(self: TransferModule, *arguments: Any) -> Any:
             nonlocal calls
@@ -39,7 +39,7 @@ def stopped(graft: Graft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ca
                 raise RuntimeError("a crash")
             return original(self, *arguments)
 
-        monkeypatch.setattr(TransferModule, "training_step", broken)
+        monkeypatch.setattr(TransferModule, "loss", broken)
         assert graft("train", *PLAN, f"logger={logger}").returncode == 1
         (run,) = (tmp_path / "logs").glob("*/run.json")
         done = graft("resume", str(run.parent))

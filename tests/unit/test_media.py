@@ -79,7 +79,7 @@ def test_a_run_of_two_stages_is_one_curve_with_pictures_text_and_one_row_of_hpar
 def test_a_resumed_run_shows_everything_once(
     graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, original = 0, TransferModule.training_step
+    calls, original = 0, TransferModule.loss
 
     def broken(self: TransferModule, *arguments: Any) -> Any:
         nonlocal calls
@@ -88,7 +88,7 @@ def test_a_resumed_run_shows_everything_once(
             raise RuntimeError("a crash")
         return original(self, *arguments)
 
-    monkeypatch.setattr(TransferModule, "training_step", broken)
+    monkeypatch.setattr(TransferModule, "loss", broken)
     assert graft("train", *SHOWN, "trainer.max_epochs=2").returncode == 1
     (run,) = (path.parent for path in (tmp_path / "logs").glob("*/run.json"))
     assert graft("resume", str(run)).returncode == 0
