@@ -29,7 +29,7 @@ PRIVATE = {
     "graft/sweeps/compose.py": 1,
     "graft/sweeps/study.py": 1,
     "graft/training/last_checkpoint.py": 2,
-    "graft/training/module.py": 2,
+    "graft/training/module.py": 3,
     "graft/training/sharded.py": 1,
     "graft/training/signals.py": 5,
     "graft/training/steps.py": 2,

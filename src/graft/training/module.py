@@ -133,7 +133,9 @@ class TransferModule(L.LightningModule):
             take(self.trainer, batch, self.loss)
             return None
         loss = self.loss(batch)
-        self.log("train/loss_step", mean_of_heads(loss), batch_size=1)
+        # `self.log` takes as long as a step of a small head: it is called when something is due.
+        if self.trainer._logger_connector.should_update_logs:
+            self.log("train/loss_step", mean_of_heads(loss), batch_size=1)
         return loss.sum()  # a head's gradient is that of its own loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -57,6 +57,7 @@ MODULE_HOOKS = (
     "lr_scheduler_step",
     "backward",
 )
+# Callbacks that will do with batches of several steps, whatever hooks they have.
 KNOWN = (LastCheckpoint, Inputs, LearningRateMonitor, RichProgressBar, EarlyStopping)
 
 
