@@ -24,7 +24,7 @@ from graft.data.sources.base import Source
 from graft.data.splits import check_splits, draw_splits
 from graft.storage.stored import StoredFeatures
 from graft.transforms.images import Augment, Prepare
-from graft.transforms.preprocessing import Preprocessing
+from graft.transforms.preprocessing import Preprocessing, stored_form
 
 FEW_STEPS = 8
 """Below that many steps an epoch is too short to train on, and a note says so."""
@@ -93,9 +93,7 @@ class TransferDataModule(L.LightningDataModule):
         self.source = source
         self.own_preprocessing = self.preprocessing = preprocessing.at(image_size, resize_size)
         self.prepare_images = Prepare(self.preprocessing)
-        # Stages with sizes of their own resize what is stored, so that is the largest.
-        forms = (self.preprocessing, *map(self.preprocessing.at, stage_sizes))
-        self.stored = max(forms, key=lambda form: form.resize_size)
+        self.stored = stored_form(self.preprocessing, stage_sizes)
         self.augment = augment
         self.sample_transform = sample_transform
         self.resident = resident

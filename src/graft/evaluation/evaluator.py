@@ -79,11 +79,7 @@ class Evaluator:
                 f"{datamodule.changes['test']}: give data.root=FOLDER if they have moved, or "
                 "--data OTHER for other images"
             )
-        stages = [*config["transfer"]["stages"]]
-        name = checkpoint["graft"].get("stage")
-        index = stages.index(name) if name in stages else len(stages) - 1
-        stage = build_stages(config)[index]
-        load_stage(module, replace(stage, l2_sp=0.0), checkpoint, source)
+        stage, index = restore(module, config, checkpoint, source)
         return cls(
             module,
             datamodule,
@@ -139,6 +135,22 @@ class Evaluator:
             ]
             report.say(f"          {name}: {time.perf_counter() - started:.1f} s")
         return found
+
+
+def restore(
+    module: TransferModule, config: dict[str, Any], checkpoint: dict[str, Any], source: Path
+) -> tuple[Stage, int]:
+    """Load a run's checkpoint into its module; returns the stage it is of, and its number.
+
+    Raises:
+        ValueError: it has other weights.
+    """
+    stages = [*config["transfer"]["stages"]]
+    name = checkpoint["graft"].get("stage")
+    index = stages.index(name) if name in stages else len(stages) - 1
+    stage = build_stages(config)[index]
+    load_stage(module, replace(stage, l2_sp=0.0), checkpoint, source)
+    return stage, index
 
 
 def load_stage(

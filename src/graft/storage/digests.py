@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from graft.storage.npy import rows_of
 
 if TYPE_CHECKING:
-    pass
+    from torch import nn
 
 
 def images_digest(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> str:
@@ -29,6 +27,8 @@ def images_digest(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> str:
 
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 of a module's parameters and buffers."""
+    import torch  # not above: an exported model reads images without it
+
     digest = hashlib.sha256()
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         value = value.detach().cpu().contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -62,6 +62,8 @@ class Task(nn.Module, ABC):
         streams: splits of the data that a training batch holds. Of "train" alone, `loss` is called
             with its batch; of several, with a batch for each: batch["train"], batch["target"].
         classifies: whether outputs are logits of classes, so that a test shows its mistakes.
+        output_kind: of what `predicted` gives: probabilities of "classes" that exclude each other,
+            of "labels" that do not, or "numbers".
 
     Args:
         monitor: the metric that the best checkpoint, sweeps and Optuna go by; "val/..." of what
@@ -75,6 +77,7 @@ class Task(nn.Module, ABC):
 
     streams: tuple[str, ...] = ("train",)
     classifies = False
+    output_kind: Literal["classes", "labels", "numbers"] = "numbers"
 
     def __init__(
         self, *, monitor: str, mode: str, metrics: Mapping[str, Metric] | None = None
@@ -115,6 +118,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Metrics by name ("loss", "acc"), of the sums over all examples; each (), or (K,)."""
+
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """What a user is told of the head's outputs (N, num_outputs): see `output_kind`."""
+        return outputs.float()
 
     def scores(self, outputs: Tensor, target: Tensor) -> dict[str, float]:
         """The metrics of outputs that are there already."""

@@ -34,6 +34,7 @@ class Classification(Task):
 
     weights: Tensor | None
     classifies = True
+    output_kind = "classes"
 
     def __init__(
         self,
@@ -113,6 +114,9 @@ class Classification(Task):
         log_p = F.log_softmax(logits, -1)
         terms = -target * log_p * (1 - log_p.exp()) ** self.gamma
         return (terms if self.weights is None else terms * self.weights).sum(-1)
+
+    def predicted(self, outputs: Tensor) -> Tensor:
+        return outputs.float().softmax(-1)
 
     def evaluate(self, model: Model, batch: Batch, tally: Tally) -> Tensor:
         logits, label = model.outputs(batch), batch["label"]

@@ -27,6 +27,7 @@ class MultiLabel(Task):
     """
 
     weights: Tensor | None
+    output_kind = "labels"
 
     def __init__(
         self,
@@ -74,6 +75,9 @@ class MultiLabel(Task):
         return F.binary_cross_entropy_with_logits(
             logits, as_wide(target, logits), reduction="none", pos_weight=weights
         ).mean(-1)
+
+    def predicted(self, outputs: Tensor) -> Tensor:
+        return outputs.float().sigmoid()
 
     def evaluate(self, model: Model, batch: Batch, tally: Tally) -> Tensor:
         logits, target = model.outputs(batch), batch["target"]

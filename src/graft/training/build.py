@@ -43,7 +43,6 @@ def build(
     backbone = build_backbone(config["backbone"], pretrained=pretrained)
     if preprocessing is not None:
         backbone.preprocessing = backbone.preprocessing.with_own(preprocessing)
-    backbone.mirror = config["mirror"]
     # `root` is in the group for the command line; only the source takes it.
     data = {key: value for key, value in config["data"].items() if key != "root"}
     stages = config["transfer"]["stages"].values()
@@ -65,12 +64,15 @@ def build(
             f"head.num_classes={wanted}, but the data has {datamodule.num_classes} classes "
             f"({', '.join(datamodule.classes[:5])}, ...): leave it null to follow the data"
         )
-    head = seeded_head(
-        bind_head(config), (backbone.num_features, datamodule.num_classes), head_seed(config)
-    )
+    return build_module(config, backbone, datamodule.num_classes), datamodule
+
+
+def build_module(config: dict[str, Any], backbone: Backbone, num_outputs: int) -> TransferModule:
+    backbone.mirror = config["mirror"]
+    head = seeded_head(bind_head(config), (backbone.num_features, num_outputs), head_seed(config))
     task = make(config["task"])
-    task.build(datamodule.num_classes)
-    return TransferModule(backbone, head, task), datamodule
+    task.build(num_outputs)
+    return TransferModule(backbone, head, task)
 
 
 def processes(trainer: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, Literal, get_args
@@ -93,6 +93,13 @@ class Preprocessing:
         if resize < crop:
             raise ValueError(f"data.resize_size={resize} is smaller than the image ({crop} px)")
         return replace(self, crop_size=crop, resize_size=resize)
+
+
+def stored_form(own: Preprocessing, sizes: Sequence[int]) -> Preprocessing:
+    """How images are resized to be stored: stages with sizes of their own resize what is stored, so
+    that is the largest.
+    """
+    return max((own, *map(own.at, sizes)), key=lambda form: form.resize_size)
 
 
 def is_number(value: Any) -> bool:

@@ -1,0 +1,118 @@
+"""A run's trained model as a plain module: raw uint8 images in, probabilities out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from graft.data.sources.decode import Reading, as_range
+from graft.deploy.spec import Spec
+from graft.evaluation.evaluator import restore
+from graft.models.backbone import Backbone
+from graft.runs.open import checkpoint_path, read_checkpoint, read_run
+from graft.storage.run_json import read_record
+from graft.tasks.base import Task
+from graft.training.build import build_backbone, build_module
+from graft.transforms.images import Prepare
+from graft.transforms.preprocessing import stored_form
+
+
+class Deployed(nn.Module):
+    """Preprocessing, backbone, head and the task's last step in one module, in evaluation mode."""
+
+    def __init__(self, spec: Spec, backbone: Backbone, head: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone, self.head, self.task = backbone, head, task
+        self.prepare = Prepare(spec.preprocessing)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def classes(self) -> list[str]:
+        return self.spec.classes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 RGB -> (N, outputs) float32: see `Spec.output_kind`."""
+        return self.task.predicted(self.head(self.features(images)))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 RGB -> (N, num_features)."""
+        return self.backbone(self.prepare(images))
+
+    @torch.inference_mode()
+    def predict_rows(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self(torch.tensor(images).to(self.device)).cpu().numpy()
+
+    @torch.inference_mode()
+    def embed_rows(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.features(torch.tensor(images).to(self.device)).float().cpu().numpy()
+
+
+def load(
+    run: str | Path, ckpt: str = "best", *, mirror: bool = False, device: str | None = None
+) -> Deployed:
+    """The model of a run folder. Neither its data nor pretrained weights are needed.
+
+    Args:
+        ckpt: "best" or "last" of the last stage, or a file.
+        mirror: predict from the mean features of an image and its mirror image, whatever the run
+            did.
+        device: "cpu", "cuda", ...; None: a GPU where there is one.
+
+    Raises:
+        ValueError: no run folder, one that names code of others (see `graft eval --trust`), or an
+            unusable checkpoint.
+    """
+    run = Path(run)
+    config, status = read_run(run)
+    path = checkpoint_path(run, config, status, ckpt)
+    checkpoint = read_checkpoint(path)
+    note = checkpoint["graft"]
+    backbone = build_backbone(config["backbone"], pretrained=False)
+    if note.get("preprocessing") is not None:
+        backbone.preprocessing = backbone.preprocessing.with_own(note["preprocessing"])
+    module = build_module(config, backbone, len(note["classes"]))
+    stage, _ = restore(module, config, checkpoint, path)
+    backbone.mirror |= mirror
+    data = config["data"]
+    own = backbone.preprocessing.at(data.get("image_size"), data.get("resize_size"))
+    sizes = [s["image_size"] for s in config["transfer"]["stages"].values() if s.get("image_size")]
+    spec = Spec(
+        classes=note["classes"],
+        output_kind=module.task.output_kind,
+        stored=stored_form(own, sizes),
+        preprocessing=own.at(stage.image_size),
+        reading=_reading(data["source"], note.get("value_range")),
+        provenance=_provenance(run, path, note["stage"]),
+    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Deployed(spec, module.backbone, module.head, module.task).to(device)
+
+
+def _reading(source: dict[str, Any], value_range: Any) -> Reading:
+    """How the run's own source read files."""
+    return Reading(
+        source.get("background") or "white",
+        as_range(source.get("value_range") or value_range),
+        source.get("max_megapixels") or Reading.max_megapixels,
+    )
+
+
+def _provenance(run: Path, checkpoint: Path, stage: str) -> dict[str, Any]:
+    record = read_record(run)
+    return {
+        "run": run.resolve().name,
+        "checkpoint": checkpoint.name,
+        "stage": stage,
+        **{key: record.get(key) for key in ("git_commit", "versions", "data", "metrics")},
+    }
