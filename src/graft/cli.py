@@ -12,7 +12,10 @@ from typing import Any
 from graft import __version__
 from graft.config.names import visible
 
-COMMANDS = ("train", "resume", "compare", "eval", "board", "cache")
+COMMANDS = (
+    "train", "resume", "compare", "eval", "predict", "export", "serve", "board", "cache",
+)  # fmt: skip
+MODULES = {"eval": "evaluate"}  # of a command whose name is a function of Python's
 INTERRUPTED = b"graft: interrupted\n"
 SHELL = ("-sc", "--shell-completion")
 HELP = f"""graft {__version__}: transfer learning with a pretrained backbone and a new head
@@ -89,22 +92,8 @@ def _run() -> None:
         imported = import_module(module)
         sys.modules["__main__"].__spec__ = imported.__spec__
         imported.entry(imported.main)
-    elif command == "eval":
-        from graft.commands.evaluate import main as evaluate
-
-        evaluate(sys.argv[2:])
-    elif command == "cache":
-        from graft.commands.cache import main as cache
-
-        cache(sys.argv[2:])
-    elif command == "compare":
-        from graft.commands.compare import main as compare
-
-        compare(sys.argv[2:])
-    elif command == "board":
-        from graft.commands.board import main as board
-
-        board(sys.argv[2:])
+    elif command in COMMANDS:
+        import_module(f"graft.commands.{MODULES.get(command, command)}").main(sys.argv[2:])
     else:
         known = ", ".join(COMMANDS)
         sys.exit(f"graft: no command {command!r}; commands: {known} (see graft --help)")
