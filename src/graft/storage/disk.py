@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # of collections.abc from Python 3.12 on
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a killed process was writing: names that nobody else gives.
@@ -29,17 +34,41 @@ def create_exclusively(parent: Path, name: str) -> Path:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Whole or not at all, whatever stops the process."""
-    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[NewFile]:
+    """A file that takes the place of `path` at the end, and is gone if anything fails."""
     temporary = path.with_name(f".{path.name}.graft-{os.getpid()}")
     try:
-        with explained(path, lambda: len(data)):
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
+        with explained(path, lambda: 0):
+            file = NewFile(temporary, path)
+        with file:
+            yield file
+            with explained(path, file.tell):
                 os.fsync(file.fileno())
+        with explained(path, lambda: 0):
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class NewFile(io.FileIO):
+    """Writes all that it is given, or says what is missing; see `replacing`."""
+
+    def __init__(self, temporary: Path, path: Path) -> None:
+        super().__init__(temporary, "wb")
+        self.path = path
+
+    def write(self, data: Buffer, /) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        with explained(self.path, lambda: self.tell() - done + len(view)):
+            while done < len(view):
+                done += super().write(view[done:])
+        return done
 
 
 def overwrite(path: Path, content: str) -> None:

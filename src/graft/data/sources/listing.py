@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -13,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from graft.config.names import visible
-from graft.data.sources.decode import EXTENSIONS, why_no_file
+from graft.data.sources.decode import EXTENSIONS
+from graft.data.sources.walk import entries, is_image_name, is_junk, look, walk
 
 # In any case, with or without a suffix: Train, test_set, val-images. As Hugging Face's
 # datasets reads them: eval is a test split, dev a validation split.
@@ -24,11 +24,6 @@ SPLITS = {
 }
 SUFFIX = re.compile(r"[-_ ]?(set|data|images|split)$")
 
-# What systems and tools put beside data, in lower case; hidden names (.*) are left out too.
-JUNK = {
-    *("@eadir", "#recycle", "#snapshot", "__macosx", "lost+found", "$recycle.bin", "recycler"),
-    *("system volume information", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"),
-}
 # Files that describe images: none of them is an image that got lost.
 NOTES = {
     *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".log"),
@@ -136,8 +131,8 @@ class _Lister:
         """Names of the folders and of the files in a folder, sorted."""
         folders: list[str] = []
         files: list[str] = []
-        for entry in self._entries(self.root / place):
-            is_folder, _, why = _look(entry)
+        for entry in entries(str(self.root / place), self._count_junk):
+            is_folder, _, why = look(entry)
             if why:
                 self._note_broken(_join(place, entry.name), why)
             else:
@@ -148,8 +143,8 @@ class _Lister:
         """split -> its folder, of those that hold folders; of a flat one the labels are unknown."""
         found: dict[str, str] = {}
         for name, split in named.items():
-            with os.scandir(self.root / name) as entries:
-                if not any(entry.is_dir() and not _is_junk(entry.name) for entry in entries):
+            with os.scandir(self.root / name) as inside:
+                if not any(entry.is_dir() and not is_junk(entry.name) for entry in inside):
                     continue
             if split in found:
                 raise ValueError(
@@ -186,7 +181,7 @@ class _Lister:
         images, lost = listing.images[split], Counter[str]()
         before, broken_before = len(images), len(listing.broken)
         for path, status in sorted(pair for folder in folders for pair in self._walk(folder)):
-            if path[path.rfind(".") :].lower() in EXTENSIONS:
+            if is_image_name(path):
                 images.append((path, label))
                 self.digest.update(os.fsencode(f"{path}\0{status}\n"))
             else:
@@ -206,37 +201,17 @@ class _Lister:
         if kept == 0:
             listing.unused.append(f"{folders[0]}/ (no images in it)")
 
-    def _walk(self, place: str, through: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-        """(path below root, "size mtime") of all files, subfolders included.
-
-        Args:
-            through: real paths of the folders that links were followed from, to notice a cycle.
-        """
-        folder = self.root / place
-        for entry in self._entries(folder):
-            path = f"{place}/{entry.name}"
-            is_folder, status, why = _look(entry)
-            if status is not None and not why:
-                yield path, f"{status.st_size} {status.st_mtime_ns}"
-            elif not is_folder:
+    def _walk(self, place: str) -> Iterator[tuple[str, str]]:
+        """(path below root, "size mtime") of all files, subfolders included."""
+        for path, status, why in walk(str(self.root), place, self._count_junk):
+            if status is None or why:
                 self._note_broken(path, why)
-            elif not entry.is_symlink():
-                yield from self._walk(path, through)
             else:
-                above, target = (*through, os.path.realpath(folder)), os.path.realpath(entry.path)
-                if any(f"{real}/".startswith(f"{target}/") for real in above):
-                    self._note_broken(path, "a link to a folder around it")
-                else:
-                    yield from self._walk(path, above)
+                yield path, f"{status.st_size} {status.st_mtime_ns}"
 
-    def _entries(self, folder: Path) -> Iterator[os.DirEntry[str]]:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if _is_junk(entry.name):
-                    hidden = entry.name[0] == "." and entry.name != ".ipynb_checkpoints"
-                    self.listing.junk["hidden files" if hidden else entry.name] += 1
-                else:
-                    yield entry
+    def _count_junk(self, name: str) -> None:
+        hidden = name[0] == "." and name != ".ipynb_checkpoints"
+        self.listing.junk["hidden files" if hidden else name] += 1
 
     def _note_broken(self, path: str, why: str) -> None:
         self.listing.broken.append((path, why))
@@ -244,23 +219,6 @@ class _Lister:
 
     def _shown(self, place: str) -> str:
         return visible(str(self.root / place))
-
-
-def _look(entry: os.DirEntry[str]) -> tuple[bool, os.stat_result | None, str]:
-    """Whether it is a folder, a file's status, and why it is neither."""
-    try:
-        if entry.is_dir():
-            return True, None, ""
-        status = entry.stat()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        return False, None, "a link that leads nowhere"
-    return False, status, why_no_file(status) or ""
-
-
-def _is_junk(name: str) -> bool:
-    return name[0] == "." or name.lower() in JUNK
 
 
 def _split_of(folder: str) -> str:
