@@ -31,8 +31,8 @@ from graft.config.overrides import (
 )
 from graft.config.resolved import CONFIGS, check, explain, moved
 from graft.config.words import plural
+from graft.runs.allowed import add_trust
 from graft.runs.open import checkpoint_path, read_checkpoint, read_overrides, read_run
-from graft.runs.trust import add_trust
 from graft.storage.disk import write_atomically
 
 if TYPE_CHECKING:

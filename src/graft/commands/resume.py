@@ -10,11 +10,12 @@ from graft.commands import Parser
 from graft.commands.train import main as train
 from graft.config.overrides import config_dir, key_of, quoted
 from graft.config.renamed import current_override
+from graft.runs.allowed import add_trust
 from graft.runs.entry import entry
 from graft.runs.folder import SWEEP
 from graft.runs.open import require_closed
 from graft.runs.resume import resume_run
-from graft.runs.trust import add_trust, require_harmless
+from graft.runs.trust import require_harmless
 from graft.storage.reading import read_yaml_texts
 
 

@@ -5,6 +5,7 @@ Imports no torch: an exported model answers without it.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +16,8 @@ from graft.data.sources.decode import decode, open_image
 from graft.data.sources.decode import reason as _reason
 from graft.data.sources.depth import RangeUnknownError
 from graft.deploy.spec import Spec
+
+OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of whoever reads, whatever the file
 
 
 def read_image(file: Path | BinaryIO, spec: Spec) -> NDArray[np.uint8]:
@@ -41,4 +44,6 @@ def reason(error: Exception) -> str:
             "more than 8 bits a channel, and the model was trained on images of 8: what is black "
             "and white in it is not known"
         )
+    if isinstance(error, OSError) and error.errno not in (None, *OURS):
+        return str(error.strerror)
     return _reason(error)

@@ -6,8 +6,10 @@ Imports no torch: an exported model answers without it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,3 +89,19 @@ class Model(Protocol):
         Raises:
             ValueError: an exported model that was made without features.
         """
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How many threads may call a model side by side, and what each of them does first."""
+
+    count: int
+    start: Callable[[], None]
+
+
+@runtime_checkable
+class Hastened(Protocol):
+    """A model that has a faster way for many images."""
+
+    def for_many(self, images: NDArray[np.uint8]) -> AbstractContextManager[Threads | None]:
+        """Take it meanwhile, having tried it on a few images; None: one call at a time."""

@@ -151,11 +151,11 @@ class Extractor:
     def _side_by_side(self, batches: list[NDArray[np.int64]]) -> Iterator[Tensor]:
         self.prefix.ready(self.prepared(batches[0][:2]))
         try:
-            with ThreadPoolExecutor(self.threads, initializer=_single_thread) as pool:
+            with ThreadPoolExecutor(self.threads, initializer=single_thread) as pool:
                 yield from pool.map(self._one, batches)
         finally:
             torch.set_num_threads(self.threads)  # part of the setting is the whole process's
 
 
-def _single_thread() -> None:
+def single_thread() -> None:
     torch.set_num_threads(1)

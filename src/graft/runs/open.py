@@ -13,8 +13,9 @@ from typing import Any
 from graft.config.overrides import is_path, own_cache, place
 from graft.config.renamed import as_current, current_override
 from graft.config.resolved import check_values, leaves, set_leaf
+from graft.runs.allowed import trusts_all
 from graft.runs.folder import FORMAT
-from graft.runs.trust import require_trusted, trusts_all
+from graft.runs.trust import require_trusted
 from graft.storage.reading import read_yaml_mapping, read_yaml_texts
 from graft.storage.run_json import read_record
 

@@ -6,9 +6,7 @@ a file (a run folder, a sweep) may come from anybody.
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +17,12 @@ from graft.config.names import visible
 from graft.config.objects import find
 from graft.config.overrides import SEARCHPATH
 from graft.config.resolved import CONFIGS, leaves
+from graft.runs.allowed import add_trust as add_trust
+from graft.runs.allowed import allowed_packages
+from graft.runs.allowed import trusts as trusts
+from graft.runs.allowed import trusts_all as trusts_all
 
 LIBRARIES = ("graft", "torch", "torchvision", "timm", "torchmetrics", "lightning", "optuna")
-TRUST = "GRAFT_TRUST"  # more packages, with commas; * for any: jobs of one's own sweep
-EVERYTHING = "*"
 # Arguments that say where something is written or sent, or what else is read.
 PLACES = {
     "args", "cfg", "dir", "dirpath", "dirs", "entity", "file", "filename", "folder", "location",
@@ -41,22 +41,6 @@ OF_HYDRA = re.compile(
 )
 
 
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """`--trust PACKAGE`, for this process and those it starts."""
-
-    class Trust(argparse.Action):
-        def __call__(self, parser: Any, given: Any, package: Any, option: Any = None) -> None:
-            os.environ[TRUST] = ",".join([*_allowed(), package])
-
-    parser.add_argument(
-        "--trust",
-        action=Trust,
-        default=argparse.SUPPRESS,
-        metavar="PACKAGE",
-        help=f"let the folder's config name code of this package, too ({TRUST}=A,B: always)",
-    )
-
-
 def require_trusted(config: dict[str, Any], source: Path) -> None:
     """Nothing runs because a file names it.
 
@@ -67,7 +51,7 @@ def require_trusted(config: dict[str, Any], source: Path) -> None:
     Raises:
         ValueError: it is not; `source` is where the config comes from.
     """
-    allowed = _allowed()
+    allowed = allowed_packages()
     if trusts_all():
         return
     named = list(_targets(config))
@@ -89,18 +73,6 @@ def _refusal(source: Path, key: str, node: Mapping[str, Any], reason: str) -> Va
     return ValueError(
         visible(f"{source}: {key}._target_={name[:200]} is not run: {reason} ({hint})")
     )
-
-
-def _allowed() -> tuple[str, ...]:
-    return tuple(name for name in os.environ.get(TRUST, "").split(",") if name)
-
-
-def trusts(package: str) -> bool:
-    return not {package, EVERYTHING}.isdisjoint(_allowed())
-
-
-def trusts_all() -> bool:
-    return trusts(EVERYTHING)
 
 
 def _within(name: str, packages: tuple[str, ...]) -> bool:

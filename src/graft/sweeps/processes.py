@@ -16,7 +16,7 @@ from graft.config.checks import POSITIVE_INT
 from graft.config.resolved import explain
 from graft.config.words import plural
 from graft.reporting.console import console
-from graft.runs.trust import EVERYTHING, TRUST
+from graft.runs.allowed import EVERYTHING, TRUST
 from graft.sweeps.launch import Job
 from graft.training.signals import handled_by
 from graft.training.watch import PARENT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from graft.data.sources.decode import EXTENSIONS, why_no_file
 
@@ -18,30 +19,43 @@ Skipped = Callable[[str], None]
 
 
 def walk(
-    root: str, place: str, skipped: Skipped, through: tuple[str, ...] = ()
+    root: str,
+    place: str,
+    skipped: Skipped,
+    *,
+    lenient: bool = False,
+    through: tuple[str, ...] = (),
 ) -> Iterator[tuple[str, os.stat_result | None, str]]:
     """(path, status, why it is no file) of all in `root/place` and below, sorted by path.
 
     Paths begin with `place`.
 
     Args:
+        lenient: go on with the others where a folder cannot be listed.
         through: real paths of the folders that links were followed from, to notice a cycle.
     """
+    further = partial(walk, root, skipped=skipped, lenient=lenient)
     folder = os.path.join(root, place)  # noqa: PTH118 (paths of any bytes, by the thousand)
-    found = [(entry, *look(entry)) for entry in entries(folder, skipped)]
+    try:
+        found = [(entry, *look(entry)) for entry in entries(folder, skipped)]
+    except OSError as error:
+        if not lenient:
+            raise
+        yield place, None, f"cannot be listed: {error.strerror}"
+        return
     found.sort(key=lambda one: f"{one[0].name}/" if one[1] else one[0].name)
     for entry, is_folder, status, why in found:
         path = f"{place}/{entry.name}"
         if not is_folder:
             yield path, status, why
         elif not entry.is_symlink():
-            yield from walk(root, path, skipped, through)
+            yield from further(path, through=through)
         else:
             above, target = (*through, os.path.realpath(folder)), os.path.realpath(entry.path)
             if any(f"{real}/".startswith(f"{target}/") for real in above):
                 yield path, None, "a link to a folder around it"
             else:
-                yield from walk(root, path, skipped, above)
+                yield from further(path, through=above)
 
 
 def entries(folder: str, skipped: Skipped) -> Iterator[os.DirEntry[str]]:
