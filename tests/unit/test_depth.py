@@ -36,14 +36,15 @@ def ramp(most: int, dtype: Any = np.uint16) -> NDArray[Any]:
 
 def png16(path: Path, values: NDArray[Any], colour_type: int) -> Path:
     """A 16-bit PNG, which Pillow writes in grey alone."""
-    rows = values.reshape(SIDE, -1).astype(">u2")
+    height, width = values.shape[:2]
+    rows = values.reshape(height, -1).astype(">u2")
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    head = struct.pack(">IIBBBBB", SIDE, SIDE, 16, colour_type, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(

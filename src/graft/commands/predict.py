@@ -133,7 +133,7 @@ def _predict(settings: argparse.Namespace) -> str:
     row = unreadable[0]
     return (
         f"{failed:,} of {plural(progress.done, 'image')} could not be read, "
-        f"first: {row.path}: {row.error}"
+        f"first: {visible(row.path)}: {visible(row.error)}"
     )
 
 

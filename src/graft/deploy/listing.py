@@ -68,11 +68,15 @@ class Paths:
 
     def _of_pattern(self, pattern: str) -> Iterator[tuple[str, str]]:
         deep = "**" in pattern  # such a pattern matches what is in folders, too
+        parts = pattern.split("/")
+        named = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         for path in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207
+            if any(map(is_junk, filter(None, path.split("/")[named:]))):
+                continue
             if os.path.isdir(path):  # noqa: PTH112
                 if not deep:
                     yield from self._of_folder(path)
-            elif is_image_name(path) and not is_junk(os.path.basename(path)):  # noqa: PTH119
+            elif is_image_name(path):
                 yield path, ""
 
     def _of_list(self) -> Iterator[tuple[str, str]]:

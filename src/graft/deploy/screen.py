@@ -47,11 +47,14 @@ class Screen:
         names = self.columns.names[: self.columns.wide]
         if self.columns.spec.output_kind == "numbers":
             names = self.columns.names[: self.columns.wide + NUMBERS]
-        shown = [name != "error" or any(row.error for row in self.rows) for name in names]
+        hidden = {"prediction", "confidence"} if self.columns.top else set()  # top1 says it
+        if not any(row.error for row in self.rows):
+            hidden.add("error")
+        shown = [name not in hidden for name in names]
         table = Table()
         for name, is_shown in zip(names, shown, strict=True):
             if is_shown:
-                table.add_column(name, overflow="fold")
+                table.add_column(name, overflow="fold", no_wrap=name not in ("path", "error"))
         for row in self.rows:
             cells = self.columns.cells(row)
             numbers = [] if row.values is None else [*row.values]
