@@ -15,7 +15,7 @@ from graft.data.subset import stratified_fraction
 from graft.deploy.spec import Model, Spec
 
 IMAGES = 256  # for the comparison, and for an int8 model's calibration
-SCORED = 2000  # for accuracies
+SCORED = 1000  # for accuracies
 TOLERANCE = 1e-4  # of an output, relative to the largest one
 SIZES = {64: IMAGES, 7: 35, 1: 8}  # of batches, each with how many images
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -176,5 +175,6 @@ def _scored(
 
 def _open_own(path: Path, suffix: str) -> Model:
     """What this process has written, on the processor that everyone has."""
-    open_file = {**OPEN, ".pt2": partial(ProgramModel, trusted=True)}[suffix]
-    return open_file(path, "cpu")
+    if suffix == ".pt2":
+        return ProgramModel(path, "cpu", trusted=True)
+    return OPEN[suffix](path, "cpu")

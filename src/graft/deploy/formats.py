@@ -54,10 +54,15 @@ def to_onnx(program: ExportedProgram, spec: Spec) -> ModelProto:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--format onnx needs onnxscript and onnxruntime: {INSTALL}") from error
-    names = {"input_names": [IMAGES], "output_names": [answer(spec), FEATURES]}
     try:
         with _for_export():
-            exported = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[IMAGES],
+                output_names=[answer(spec), FEATURES],
+            )
     except Exception as error:
         raise ValueError(f"this model cannot be exported to ONNX: {_first_line(error)}") from error
     assert exported is not None

@@ -30,7 +30,11 @@ def quantised(model: ModelProto, images: NDArray[np.uint8]) -> ModelProto:
         images: (N, 3, H, W) raw training images.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization import (  # type: ignore[import-untyped]
+        CalibrationDataReader,
+        QuantType,
+        quantize_static,
+    )
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -41,13 +45,14 @@ def quantised(model: ModelProto, images: NDArray[np.uint8]) -> ModelProto:
             return None if batch is None else {IMAGES: batch}
 
     nodes = [node.name for node in model.graph.node if _learned(node)]
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # it recommends a step that the exporter has done
+    own = onnx.ModelProto()
+    own.CopyFrom(model)  # it moves the weights of what it is given into a file
+    logging.disable(logging.WARNING)  # it recommends a step that the exporter has done
     try:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             quantize_static(
-                model,
+                own,
                 path,
                 Reader(),
                 per_channel=True,
@@ -58,7 +63,7 @@ def quantised(model: ModelProto, images: NDArray[np.uint8]) -> ModelProto:
             )
             return onnx.load(path)
     finally:
-        logging.getLogger().setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 def _learned(node: Any) -> bool:

@@ -78,12 +78,11 @@ class ProgramModel:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Of a damaged file, torch logs a stack trace before it raises another error."""
-    logger = logging.getLogger("torch")
-    before, logger.disabled = logger.disabled, True
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.disabled = before
+        logging.disable(logging.NOTSET)
 
 
 def open_safetensors(path: Path, device: str | None = None) -> Deployed:
