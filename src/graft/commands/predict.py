@@ -19,7 +19,7 @@ from graft.commands import Parser
 from graft.config.names import visible
 from graft.config.words import plural
 from graft.deploy.artefact import open_model
-from graft.deploy.listing import Paths
+from graft.deploy.listing import LIST, Paths
 from graft.deploy.predict import Row, predict
 from graft.deploy.screen import FEW, Progress, Screen
 from graft.deploy.spec import Model
@@ -111,7 +111,8 @@ def _predict(settings: argparse.Namespace) -> str:
         )
         first = next(batches, None)
         if first is None:
-            raise ValueError(f"no images in {', '.join(settings.paths)}")
+            places = ["standard input" if path == LIST else path for path in settings.paths]
+            raise ValueError(f"no images in {', '.join(places)}")
         try:
             with _writer(out, columns) as writer:
                 for rows in _with_first(first, batches):

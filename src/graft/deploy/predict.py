@@ -65,9 +65,8 @@ def predict(
     second = next(batches, None)
     if second is None:
         return
-    sample = [image for image in images if not isinstance(image, str)][:1]
-    hastened = model.for_many(np.stack(sample)) if sample and isinstance(model, Hastened) else None
-    with hastened or nullcontext() as together:
+    sample = next((image for image in images if not isinstance(image, str)), _noise(model.spec))
+    with model.for_many(sample[None]) if isinstance(model, Hastened) else nullcontext() as together:
         one_at_a_time = threading.Lock()
 
         def alone(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -88,6 +87,12 @@ def predict(
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _noise(spec: Spec) -> NDArray[np.uint8]:
+    """An image in place of one that can be read."""
+    height, width = spec.input_size or (spec.stored.resize_size,) * 2
+    return np.random.default_rng(0).integers(0, 256, (3, height, width), dtype=np.uint8)
 
 
 def _batches(paths: Iterator[Given], size: int) -> Iterator[list[Given]]:

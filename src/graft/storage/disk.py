@@ -55,12 +55,20 @@ def replacing(path: Path) -> Iterator[NewFile]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A file with `data` beside `path`, which takes its place at the end, if nothing is raised."""
+    with replacing(path) as file:
+        file.write(data)
+        yield file.temporary
+
+
 class NewFile(io.FileIO):
     """Writes all that it is given, or says what is missing; see `replacing`."""
 
     def __init__(self, temporary: Path, path: Path) -> None:
         super().__init__(temporary, "wb")
-        self.path = path
+        self.temporary, self.path = temporary, path
 
     def write(self, data: Buffer, /) -> int:
         view = memoryview(data).cast("B")
