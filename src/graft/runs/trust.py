@@ -95,8 +95,12 @@ def _allowed() -> tuple[str, ...]:
     return tuple(name for name in os.environ.get(TRUST, "").split(",") if name)
 
 
+def trusts(package: str) -> bool:
+    return not {package, EVERYTHING}.isdisjoint(_allowed())
+
+
 def trusts_all() -> bool:
-    return EVERYTHING in _allowed()
+    return trusts(EVERYTHING)
 
 
 def _within(name: str, packages: tuple[str, ...]) -> bool:
