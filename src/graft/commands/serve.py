@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import ipaddress
 import math
 import os
@@ -20,6 +21,7 @@ from graft.commands import Parser
 from graft.config.names import visible
 from graft.config.resolved import explain
 from graft.config.words import plural
+from graft.deploy.artefact import open_model
 from graft.deploy.spec import Model
 from graft.runs.trust import add_trust
 
@@ -78,7 +80,7 @@ def serve(given: argparse.Namespace) -> None:
         raise ValueError(f'graft serve needs {missing[0]}: pip install "graft[serve]"')
     # Before the model is read: a port that is taken is known at once.
     with listening(given.host, given.port) as listener:
-        model = open_model(given.model, given.device)
+        model = open_model(given.model, device=given.device)
         run(model, listener, given)
 
 
@@ -110,7 +112,8 @@ def run(model: Model, listener: socket.socket, given: argparse.Namespace) -> Non
         batch_size=given.batch_size,
         hosts=names if local else None,
     )
-    outputs = plural(len(spec.classes), "class" if spec.output_kind == "classes" else "output")
+    one, many = ("class", "classes") if spec.output_kind == "classes" else ("output", "outputs")
+    outputs = plural(len(spec.classes), one, many)
     port = listener.getsockname()[1]
     if not local:
         print(f"note: --host {given.host}: whoever can reach this machine can use the model, and")
@@ -135,12 +138,6 @@ def run(model: Model, listener: socket.socket, given: argparse.Namespace) -> Non
     print(f"stopped after {plural(service.answered, 'image')}")
 
 
-def open_model(path: Path, device: str | None) -> Model:
-    from graft.deploy.model import load
-
-    return load(path, device=device)
-
-
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens at an address.
 
@@ -153,9 +150,12 @@ def listening(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        why = error.strerror or str(error)
-        hint = " (another one: --port 0 takes any that is free)" if host else ""
-        raise ValueError(f"cannot listen at --host {host} --port {port}: {why}{hint}") from error
+        if error.errno == errno.EADDRINUSE:
+            why = f"--port {port} is taken: another number, or --port 0 for any that is free"
+        else:
+            reason = str(error.strerror).partition(" (while")[0]  # it repeats the address
+            why = f"--host {host} --port {port}: {reason}"
+        raise ValueError(f"cannot listen there: {why}") from error
 
 
 def is_local(host: str) -> bool:

@@ -46,6 +46,10 @@ class Batcher:
                 self._changed.notify()
         return future
 
+    def __len__(self) -> int:
+        """How many images wait."""
+        return len(self._waiting)
+
     def close(self) -> None:
         """Let the batch that runs finish, and cancel what waits."""
         with self._changed:
