@@ -75,7 +75,7 @@ def open_safetensors(path: Path, device: str | None = None) -> Deployed:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # a class of its own
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     if KEY not in metadata or CONFIG not in metadata:
@@ -86,6 +86,9 @@ def open_safetensors(path: Path, device: str | None = None) -> Deployed:
         require_trusted(config, path)
         backbone = build_backbone(config["backbone"], pretrained=False)
         module = build_module(config, backbone, len(spec.classes))
+    state = {
+        name: value.float() if value.dtype == torch.half else value for name, value in state.items()
+    }
     model = Deployed(spec, module.backbone, module.head, module.task)
     check_finite(state, path)
     load_state(model, state, source=path, label="that it describes")

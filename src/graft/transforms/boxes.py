@@ -68,13 +68,17 @@ def box_matrices(
     centre = start + scale * (torch.arange(resized, device=start.device) + 0.5)[None, :, None]
     pixel = (torch.arange(size, device=start.device) + 0.5)[None, None]
     x = ((pixel - centre) / scale.clamp(min=1)).abs()
-    weights = (1 - x).clamp(min=0) if mode == "bilinear" else _cubic(x)
+    weights = kernel(x, mode)
     weights = weights * ((pixel > start) & (pixel < start + scale * resized))
     return weights / weights.sum(2, keepdim=True)
 
 
-def _cubic(x: Tensor) -> Tensor:
-    """Keys' kernel at a = -0.5, the one torch and Pillow use when they antialias."""
+def kernel(x: Tensor, mode: Interpolation) -> Tensor:
+    """Weights at distances of 0 and more: a triangle, or Keys' kernel at a = -0.5, the one torch
+    and Pillow use when they antialias.
+    """
+    if mode == "bilinear":
+        return (1 - x).clamp(min=0)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
