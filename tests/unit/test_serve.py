@@ -103,6 +103,12 @@ def posting(service: Service, file: bytes, **more: Any) -> Coroutine[Any, Any, A
     return request(service.app, "POST", "/predict", [body], headers, **more)
 
 
+async def waiting(service: Service, images: int) -> None:
+    async with asyncio.timeout(30):
+        while len(service.batcher) < images:
+            await asyncio.sleep(0.001)
+
+
 def test_answers_are_those_of_the_model_on_the_file(
     serve: Serve, train_tiny: Train, image_folders: Path
 ) -> None:
@@ -238,12 +244,13 @@ def test_many_requests_share_batches_and_each_gets_its_own_answer(serve: Serve) 
     model.gate.clear()
 
     async def all_at_once() -> list[Answer]:
-        tasks = [
-            asyncio.create_task(posting(service, png(2 * i, 200 - 2 * i, side=4 + i % 2)))
-            for i in range(90)
-        ]
-        while len(service.batcher) < 89:  # one is with the model, which waits for the gate
-            await asyncio.sleep(0.001)
+        tasks = []
+        for i in range(90):
+            file = png(2 * i, 200 - 2 * i, side=4 + i % 2)
+            tasks.append(asyncio.create_task(posting(service, file)))
+            if i == 0:  # it is with the model, which waits for the gate, while others gather
+                await asyncio.to_thread(model.started.wait, 30)
+        await waiting(service, 89)
         model.gate.set()
         return await asyncio.gather(*tasks)
 
@@ -266,8 +273,7 @@ def test_a_client_that_leaves_takes_its_image_along_and_no_other(serve: Serve) -
         left = asyncio.Event()
         leaver = asyncio.create_task(posting(service, png(20), then=left.wait))
         stays = asyncio.create_task(posting(service, png(30)))
-        while len(service.batcher) < 2:
-            await asyncio.sleep(0.001)
+        await waiting(service, 2)
         left.set()
         gone = await leaver
         model.gate.set()
