@@ -36,6 +36,7 @@ commands:
   compare [RUNS_OR_FOLDERS]
                            what differs, mean and spread over seeds, time, memory (--help: more)
   eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)
+  serve MODEL [--port N]   a page to try a model in a browser, and POST /predict for programs
   board [FOLDER] [--port N]
                            TensorBoard on this machine, with runs of logs/ or another folder
   cache [list|verify|prune]

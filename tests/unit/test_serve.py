@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import json
 import socket
@@ -262,7 +263,9 @@ def test_many_requests_share_batches_and_each_gets_its_own_answer(serve: Serve) 
     assert len(sizes) <= 5
 
 
-def test_a_client_that_leaves_takes_its_image_along_and_no_other(serve: Serve) -> None:
+def test_a_client_that_leaves_takes_its_image_along_and_no_other(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     model = Fake()
     service = serve(model)
     model.gate.clear()
@@ -285,6 +288,8 @@ def test_a_client_that_leaves_takes_its_image_along_and_no_other(serve: Serve) -
     assert gone.body == b""
     assert [shape[0] for shape in model.batches] == [1, 1]
     assert service.busy == 0
+    gc.collect()
+    assert caplog.records == []  # asyncio complains of errors that nobody took
 
 
 def test_a_failure_of_the_model_is_of_its_batch_alone(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -76,7 +76,7 @@ def _limited(request: Request, limits: Limits) -> Receive:
     return receive
 
 
-async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
+async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """What `work` gives; it is cancelled if the client leaves first, or this is.
 
     Raises:
@@ -87,7 +87,7 @@ async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaves())
+    task, gone = asyncio.create_task(work), asyncio.create_task(leaves())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

@@ -114,8 +114,7 @@ class Service:
             raise HTTPException(408, f"no whole request in {self.limits.seconds:g} s") from None
         try:
             async with asyncio.timeout_at(end):
-                work = asyncio.gather(*(self._prediction(name, file) for name, file in files))
-                predictions = await unless_gone(work, request.receive)
+                predictions = await unless_gone(self._predictions(files), request.receive)
         except TimeoutError:
             why = f"no answer in {self.limits.seconds:g} s: try again later, or with fewer images"
             raise HTTPException(503, why, RETRY) from None
@@ -127,6 +126,9 @@ class Service:
             body = {"error": "no image could be read", "predictions": predictions}
             return JSONResponse(body, 400)
         return JSONResponse({"predictions": predictions})
+
+    async def _predictions(self, files: list[tuple[str, BinaryIO]]) -> list[dict[str, Any]]:
+        return await asyncio.gather(*(self._prediction(name, file) for name, file in files))
 
     async def _prediction(self, name: str, file: BinaryIO) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
