@@ -61,7 +61,7 @@ class OnnxModel:
 
     def __init__(self, path: Path, device: str | None = None) -> None:
         try:
-            import onnxruntime as ort
+            import onnxruntime as ort  # type: ignore[import-untyped]
         except ImportError as error:
             raise ValueError(f"{path} needs onnxruntime: {INSTALL}") from error
         options = ort.SessionOptions()

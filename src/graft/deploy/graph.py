@@ -91,22 +91,27 @@ class Graph(nn.Module):
 
     Args:
         dtype: of backbone and head; resize, normalisation and the task's last step are float32.
+        channels_last: whether the backbone computes in that layout, where it is the fast one.
+            ONNX has none, and would rearrange what lies in memory by operations of its own.
     """
 
-    def __init__(self, model: Deployed, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: Deployed, dtype: torch.dtype = torch.float32, *, channels_last: bool = False
+    ) -> None:
         super().__init__()
         self.geometry = Geometry(model.spec.preprocessing)
-        self.backbone, self.head, self.task = model.backbone, model.head, model.task
+        last = channels_last and model.backbone.channels_last
+        self.layout = torch.channels_last if last else torch.contiguous_format
+        backbone, head = (copy.deepcopy(m).to(dtype) for m in (model.backbone, model.head))
+        self.backbone, self.head, self.task = (
+            backbone.to(memory_format=self.layout),
+            head,
+            model.task,
+        )
         self.dtype = dtype
-        if dtype != torch.float32:
-            self.backbone, self.head = (
-                copy.deepcopy(m).to(dtype) for m in (self.backbone, self.head)
-            )
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.geometry(images).to(self.dtype)
-        if self.backbone.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.geometry(images).to(self.dtype).contiguous(memory_format=self.layout)
         features = self.backbone(x)
         return self.task.predicted(self.head(features).float()), features.float()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,15 @@ PROGRAM = "torch.export"  # what is trusted where a .pt2 file is
 class ProgramModel:
     """A .pt2 file of `graft export`.
 
+    Args:
+        trusted: this process has written it.
+
     Raises:
         ValueError: it is another, damaged, or not trusted: torch unpickles parts of such a file,
             and evaluates text in it, so that reading it can run code.
     """
 
-    def __init__(self, path: Path, device: str | None = None) -> None:
+    def __init__(self, path: Path, device: str | None = None, *, trusted: bool = False) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = [n for n in archive.namelist() if n.endswith(f"extra/{KEY}.json")]
@@ -39,13 +45,14 @@ class ProgramModel:
         if text is None:
             raise ValueError(foreign(path))
         self.spec = read_spec(path, text)
-        if not trusts(PROGRAM):
+        if not (trusted or trusts(PROGRAM)):
             raise ValueError(
                 f"{path} is not opened: reading a .pt2 file can run code that is in it (if you "
                 f"know where it comes from, add --trust {PROGRAM})"
             )
         try:
-            program = torch.export.load(path)
+            with path.open("rb") as file, _quiet():
+                program = torch.export.load(file)
         except Exception as error:  # of a damaged file, torch raises almost any
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{path} is damaged: {reason}") from error
@@ -66,6 +73,16 @@ class ProgramModel:
     def _run(self, output: int, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         check_size(self.spec, images)
         return self.module(torch.tensor(images).to(self.device))[output].cpu().numpy()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Of a damaged file, torch logs a stack trace before it raises another error."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def open_safetensors(path: Path, device: str | None = None) -> Deployed:

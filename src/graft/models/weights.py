@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ from graft.transforms.preprocessing import Preprocessing
 AVERAGED = re.compile(r"(?<![a-z])(?:ema|teacher)(?![a-z])")
 """Parts of a file that are meant where it also holds what they are the average of."""
 # Plain values that training scripts keep beside their weights, and that run no code when read.
+PREPROCESSING = "graft_preprocessing"  # in the metadata of a .safetensors file
 _SCALAR = getattr(np, "_core", None) or np.core
 PLAIN: list[Any] = [
     argparse.Namespace,
@@ -75,9 +77,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"weights: {path} only points to a file in Git LFS: run `git lfs pull`")
     try:
         if path.suffix == ".safetensors" or start[8:9] == b"{":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return _read_safetensors(path)
         with torch.serialization.safe_globals(PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -96,6 +96,16 @@ def read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"weights: {path} holds a {type(content).__name__}, not names and tensors")
     return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Its preprocessing, if it says one, stands where a checkpoint of ours has it."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        own = (file.metadata() or {}).get(PREPROCESSING)
+    return content if own is None else {**content, "graft": {"preprocessing": json.loads(own)}}
 
 
 def best_checkpoint(run: Path) -> Path:

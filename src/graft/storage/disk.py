@@ -29,14 +29,21 @@ def create_exclusively(parent: Path, name: str) -> Path:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Whole or not at all, whatever stops the process."""
-    data = content.encode() if isinstance(content, str) else content
+    with written_beside(path, content.encode() if isinstance(content, str) else content):
+        pass
+
+
+@contextmanager
+def written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A file with `data` beside `path`, which takes its place at the end, if nothing is raised."""
     temporary = path.with_name(f".{path.name}.graft-{os.getpid()}")
     try:
+        with explained(path, lambda: len(data)), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
         with explained(path, lambda: len(data)):
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
