@@ -37,6 +37,7 @@ commands:
                            what differs, mean and spread over seeds, time, memory (--help: more)
   eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)
   predict MODEL PATHS...   classes and probabilities of images, as CSV, JSONL, Parquet or a table
+  serve MODEL [--port N]   a page to try a model in a browser, and POST /predict for programs
   board [FOLDER] [--port N]
                            TensorBoard on this machine, with runs of logs/ or another folder
   cache [list|verify|prune]

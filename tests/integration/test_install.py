@@ -39,6 +39,7 @@ def test_the_wheel_carries_configs_and_weights_and_trains_from_anywhere(tmp_path
     shutil.rmtree(clone)
     assert (site / "graft" / "configs" / "train.yaml").is_file()
     assert (site / "hydra_plugins" / "graft.py").is_file()
+    assert (site / "graft" / "deploy" / "page.html").is_file()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     out = command(

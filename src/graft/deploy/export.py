@@ -72,6 +72,8 @@ def export(run: Path, out: Path, settings: Settings) -> Spec:
     spec = replace(model.spec, provenance={**model.spec.provenance, "exported": made})
     report.say(f"run       {run} (status {status}), {spec.provenance['checkpoint']}")
     data = own_data(run, config, settings.ckpt)
+    if settings.precision == "int8" and isinstance(data, str):
+        raise ValueError(f"--int8 is calibrated on training images, and {data}")
     images = check_images(data, spec)
     packs = _packs(model, config, settings, data)
     if settings.precision != "float":
@@ -118,9 +120,7 @@ def _packs(
     if last:
         return [pack_program(program) for program in programs]
     graphs = [to_onnx(program, model.spec) for program in programs]
-    if settings.precision == "int8":
-        if isinstance(data, str):
-            raise ValueError(f"--int8 is calibrated on training images, and {data}")
+    if settings.precision == "int8" and not isinstance(data, str):
         calibration, _ = some(data.splits["train"], IMAGES)
         report.say(f"int8      scaled by {plural(len(calibration), 'training image')}")
         graphs.append(quantised(graphs[0], calibration))

@@ -32,6 +32,10 @@ def read_image(file: Path | BinaryIO, spec: Spec) -> NDArray[np.uint8]:
         width, height = image.size
     if not isinstance(file, Path):
         file.seek(0)
+    # A line of 100,000 pixels is small, and huge once its shorter side is resized.
+    high, wide = spec.stored.resized(height, width)
+    if high * wide > spec.reading.max_megapixels * 1e6:
+        raise ValueError(f"{width} x {height}: too long a strip, it is {wide} x {high} if resized")
     if spec.input_size is None and width == height <= side:
         return decode(file, width, None, spec.reading)
     return decode(file, side, spec.stored, spec.reading)
