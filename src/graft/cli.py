@@ -36,6 +36,8 @@ commands:
   compare [RUNS_OR_FOLDERS]
                            what differs, mean and spread over seeds, time, memory (--help: more)
   eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)
+  export RUN [--format onnx|pt2|safetensors]
+                           one file that takes raw images, compared with the run's model
   board [FOLDER] [--port N]
                            TensorBoard on this machine, with runs of logs/ or another folder
   cache [list|verify|prune]
