@@ -38,6 +38,8 @@ commands:
   eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)
   predict MODEL PATHS...   classes and probabilities of images, as CSV, JSONL, Parquet or a table
   serve MODEL [--port N]   a page to try a model in a browser, and POST /predict for programs
+  export RUN [--format onnx|pt2|safetensors]
+                           one file that takes raw images, compared with the run's model
   board [FOLDER] [--port N]
                            TensorBoard on this machine, with runs of logs/ or another folder
   cache [list|verify|prune]

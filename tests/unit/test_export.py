@@ -18,14 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from graft.data.sources.decode import Reading
 from graft.deploy import export as exports
-from graft.deploy.artefact import CONFIG, KEY, OnnxModel, open_model
+from graft.deploy.artefact import OnnxModel, open_model
 from graft.deploy.check import compare
 from graft.deploy.export import Settings, export, export_backbone
-from graft.deploy.formats import pack_onnx, pack_program, to_onnx, traced
+from graft.deploy.files import CONFIG, KEY
+from graft.deploy.formats import pack_onnx, pack_program, pack_weights, to_onnx, traced
 from graft.deploy.graph import Geometry, Graph
 from graft.deploy.model import Deployed, load
 from graft.deploy.spec import Spec
 from graft.deploy.torch_files import ProgramModel
+from graft.evaluation.evaluator import Evaluator
 from graft.runs.folder import RunFolder
 from graft.runs.startup import quiet_libraries
 from graft.runs.train import train
@@ -64,10 +66,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("files")
     found = {kind: folder / f"model.{kind}" for kind in exports.FORMATS}
+
+    def kept(*given: Any) -> onnx.ModelProto:
+        TRANSLATED.append(to_onnx(*given))
+        return TRANSLATED[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            exports, "to_onnx", lambda *given: TRANSLATED.append(to_onnx(*given)) or TRANSLATED[-1]
-        )
+        patch.setattr(exports, "to_onnx", kept)
         for kind, path in found.items():
             export(run, path, Settings(kind))
     return found
@@ -165,7 +170,7 @@ def untrained(*overrides: str, size: int = 32, outputs: int = 3) -> Deployed:
 def test_every_task_head_and_option_can_be_exported(variant: str, tmp_path: Path) -> None:
     model = untrained(*VARIANTS[variant].split())
     if variant == "regression":
-        model.task.mean += torch.tensor([1.0, 20.0, -3.0])
+        model.task.mean.copy_(torch.tensor([1.0, 20.0, -3.0]))  # type: ignore[operator]
     path = tmp_path / "model.pt2"
     path.write_bytes(pack_program(traced(Graph(model, channels_last=True)))(model.spec))
     comparison = compare(model, ProgramModel(path, "cpu", trusted=True), images(64))
@@ -240,10 +245,8 @@ def test_fewer_bits_say_what_they_cost(
 def test_a_file_that_differs_from_the_run_is_not_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = exports.pack_weights
-
     def other(model: Deployed, config: dict[str, Any], **options: Any) -> Any:
-        packed = pack(model, config, **options)
+        packed = pack_weights(model, config, **options)
         with torch.no_grad():
             next(model.backbone.parameters()).mul_(1.01)
         return packed
@@ -362,7 +365,7 @@ def test_without_its_data_a_model_is_checked_on_random_images(
     def gone(*_: Any) -> None:
         raise FileNotFoundError("no folder /photos")
 
-    monkeypatch.setattr(exports.Evaluator, "build", gone)
+    monkeypatch.setattr(Evaluator, "build", gone)
     export(run, tmp_path / "model.safetensors", Settings("safetensors"))
     assert (
         "on random images: the run's data is not at hand: no folder /photos"

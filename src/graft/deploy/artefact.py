@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.deploy.spec import Model, Spec
-
-KEY = "graft"  # of the `Spec` in a file's metadata
-CONFIG = "graft_config"  # of what else builds the model of a safetensors file
-IMAGES, FEATURES = "images", "features"  # an input and an output of the graph; `answer` is another
-INSTALL = "pip install 'graft[export]'"
-
-
-def answer(spec: Spec) -> str:
-    """Name of the graph's other output."""
-    return "numbers" if spec.output_kind == "numbers" else "probabilities"
+from graft.deploy.files import (
+    FEATURES,
+    IMAGES,
+    INSTALL,
+    KEY,
+    answer,
+    check_size,
+    foreign,
+    read_spec,
+)
+from graft.deploy.spec import Model
 
 
 def open_model(
@@ -105,24 +105,6 @@ def _providers(device: str | None) -> list[str]:
             f"device {device}: this onnxruntime runs on CPUs alone (onnxruntime-gpu on NVIDIA's)"
         )
     return [*([gpu] if has_gpu and device != "cpu" else []), "CPUExecutionProvider"]
-
-
-def foreign(path: Path) -> str:
-    return f"{path} was not made by graft export: it does not say how its images are prepared"
-
-
-def read_spec(path: Path, text: str) -> Spec:
-    try:
-        return Spec.from_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def check_size(spec: Spec, images: NDArray[np.uint8]) -> None:
-    """Raises a ValueError for images of another size than the one that a model takes."""
-    if spec.input_size is not None and images.shape[2:] != spec.input_size:
-        size, own = (" x ".join(map(str, s)) for s in (images.shape[2:], spec.input_size))
-        raise ValueError(f"images of {size} px: this model takes {own} px alone")
 
 
 def _open_pt2(path: Path, device: str | None) -> Model:

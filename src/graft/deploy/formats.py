@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from graft.deploy.artefact import CONFIG, FEATURES, IMAGES, INSTALL, KEY, answer
+from graft.deploy.files import CONFIG, FEATURES, IMAGES, INSTALL, KEY, answer
 from graft.deploy.graph import Graph
 from graft.deploy.model import Deployed
 from graft.deploy.spec import Spec

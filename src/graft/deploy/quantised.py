@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.deploy.artefact import IMAGES
 from graft.deploy.check import batches
+from graft.deploy.files import IMAGES
 from graft.deploy.formats import SCOPES
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from graft.deploy.artefact import CONFIG, KEY, check_size, foreign, read_spec
+from graft.deploy.files import CONFIG, KEY, check_size, foreign, read_spec
 from graft.deploy.model import Deployed
 from graft.models.weights import check_finite, load_state
 from graft.runs.open import damaged
