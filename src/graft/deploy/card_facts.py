@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.config.overrides import PATHS, SEARCHPATH, is_weights_path, key_of
+from graft.config.overrides import PATHS, SEARCHPATH, key_of
 from graft.data.items import SplitRecord
 from graft.deploy.model import Deployed, load
 from graft.runs.evaluate import evaluate
@@ -83,7 +83,7 @@ class Facts:
     def weights(self) -> str:
         """Where the pretrained weights come from; of a file, its name alone."""
         source = str((self.record.get("weights") or {}).get("source") or "not recorded")
-        return Path(source).name if " " not in source and is_weights_path(source) else source
+        return Path(source).name if "/" in source else source
 
     @property
     def base_model(self) -> str | None:

@@ -36,7 +36,7 @@ def sections(
     """(heading, Markdown) of each.
 
     Args:
-        file: what `graft.load` is given.
+        file: what `graft.load` is given: the run's own folder, or a file beside the card.
         pictures: file name -> what it shows.
     """
     yield f"# {escaped(title)}", _what(facts)
@@ -61,9 +61,10 @@ def _what(facts: Facts) -> str:
 
 
 def _loading(facts: Facts, file: str) -> str:
+    what = "the folder of the run" if file == facts.name else "the file beside this card"
     text = (
         "import graft\n\n"
-        f"model = graft.load({literal(file)})\n"
+        f"model = graft.load({literal(file)})  # {what}\n"
         'for prediction in model.predict(["image.jpg"]):\n'
         f"    print(prediction.path, {PRINTED[facts.kind]})"
     )

@@ -34,7 +34,7 @@ def data(facts: Facts) -> str:
         if facts.kind == "classes" and facts.splits is not None:
             labels = facts.splits.splits[name].labels
             found = np.bincount(labels, minlength=len(facts.model.classes))
-            counts = f"{found.min():,} to {found.max():,}"
+            counts = " to ".join(f"{n:,}" for n in sorted({found.min(), found.max()}))
         items = int(split.get("items", 0))
         digest = code(str(split.get("digest", "")))
         rows.append([name, f"{items:,}", *([counts] if counts else []), digest])

@@ -8,13 +8,18 @@ from collections.abc import Iterable, Sequence
 
 from graft.config.names import visible
 
-MARKS = re.compile(r"([\\`*_{}\[\]<>|~$&#!()@:])")
+MARKS = re.compile(
+    r"([\\`*\[\]<>|~$&]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # within a word it is a letter
+    r"|:(?=//)|(?<=www)\."  # what GitHub makes links of
+    r"|^[-+=#]|(?<=^\d)[.)])",  # a list, a heading, a rule
+    re.IGNORECASE,
+)
 
 
 def escaped(text: str) -> str:
     """`text` within a line or a cell: no markup, link, picture, HTML or line break comes of it."""
-    text = MARKS.sub(r"\\\1", visible(text).strip())
-    return re.sub(r"^([-+=]|\d+(?=[.)]))", r"\\\1", text)  # a list, or a rule
+    return MARKS.sub(r"\\\1", visible(text).strip())
 
 
 def code(text: str) -> str:
