@@ -23,7 +23,7 @@ import graft
 from graft.config.names import visible
 from graft.deploy.card import write_card
 from graft.deploy.card_data import front_matter
-from graft.deploy.card_facts import Facts
+from graft.deploy.card_facts import Facts, general
 from graft.deploy.markdown import code, escaped
 from graft.runs.open import CONFIG
 from tests.unit.test_targets import table
@@ -263,6 +263,24 @@ def test_of_weights_only_what_others_know_is_said(
     front = yaml.safe_load(front_matter(facts, "title", None).split("---\n")[1])
     assert front.get("base_model") == base
     assert "license" not in front
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("data.root='/home/me/photos'", "data.root=FOLDER"),
+        ("backbone.weights='/home/me/w.pth'", "backbone.weights=FILE"),
+        ("backbone.weights=null", "backbone.weights=null"),
+        ("backbone.weights=IMAGENET1K_V2", "backbone.weights=IMAGENET1K_V2"),
+        ("paths.logs='/home/me/logs'", None),
+        ("hydra.searchpath=['file:///home/me/configs']", "hydra.searchpath=[FOLDER]"),
+        ("+callbacks.own.file=/home/me/x", "+callbacks.own.file=PATH"),
+        ("+callbacks.own={file: ~/x}", "+callbacks.own=PATH"),
+        ("task.monitor=val/f1", "task.monitor=val/f1"),
+    ],
+)
+def test_the_command_is_shown_without_paths(override: str, shown: str | None) -> None:
+    assert general(override) == shown
 
 
 def test_metadata_is_plain_yaml(card: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.config.overrides import PATHS, SEARCHPATH, key_of
+from graft.config.overrides import PATHS, SEARCHPATH, is_path, key_of, path_of
 from graft.data.items import SplitRecord
 from graft.deploy.model import Deployed, load
 from graft.runs.evaluate import evaluate
@@ -25,6 +25,7 @@ class Facts:
     Attributes:
         name: of the run folder.
         result: what `graft eval` keeps.
+        overrides: of the command, without paths of the machine.
         dataset: how the data is called, not where it lies.
     """
 
@@ -61,7 +62,7 @@ class Facts:
             record=record,
             result=result,
             splits=SplitRecord.read(run),
-            overrides=[o for o in read_overrides(run) if _is_general(o)],
+            overrides=[shown for o in read_overrides(run) if (shown := general(o))],
             model=model,
             dataset=_dataset(config, record),
         )
@@ -117,7 +118,13 @@ def _dataset(config: dict[str, Any], record: dict[str, Any]) -> str:
     return root.name if own and not is_home else str(choice or "own images")
 
 
-def _is_general(override: str) -> bool:
-    """Whether it means something on another machine: no path is in it."""
+def general(override: str) -> str | None:
+    """An override without a path of this machine; None if it is about nothing else."""
     key, _, value = override.partition("=")
-    return key_of(key) != SEARCHPATH and not PATHS.fullmatch(key) and not re.search("[/~]", value)
+    name = key_of(key)
+    if name == SEARCHPATH:
+        return f"{key}=[FOLDER]"
+    if PATHS.fullmatch(key) and is_path(name, path_of(override)):
+        shown = {"backbone.weights": "FILE", "data.root": "FOLDER"}.get(name)
+        return f"{key}={shown}" if shown else None
+    return f"{key}=PATH" if re.search(r"(^|[^\w.])[/~]", value) else override

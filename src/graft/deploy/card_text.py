@@ -52,11 +52,14 @@ def sections(
 
 
 def _what(facts: Facts) -> str:
+    start = "random weights"
+    if facts.weights != "random":
+        start = f"the pretrained weights {code(facts.weights)}"
     parameters = sum(p.numel() for p in facts.model.parameters())
     return (
         f"A model that {TASKS[facts.kind].format(count=count(facts))}: {names(facts)}. It is "
-        f"{code(facts.backbone)} with a new head, {parameters:,} parameters, transferred from the "
-        f"weights {code(facts.weights)} with Graft {__version__}."
+        f"{code(facts.backbone)} with a new head, {parameters:,} parameters, trained from {start} "
+        f"with Graft {__version__}."
     )
 
 
@@ -64,7 +67,8 @@ def _loading(facts: Facts, file: str) -> str:
     what = "the folder of the run" if file == facts.name else "the file beside this card"
     text = (
         "import graft\n\n"
-        f"model = graft.load({literal(file)})  # {what}\n"
+        f"# {what}\n"
+        f"model = graft.load({literal(file)})\n"
         'for prediction in model.predict(["image.jpg"]):\n'
         f"    print(prediction.path, {PRINTED[facts.kind]})"
     )

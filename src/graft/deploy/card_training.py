@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ def plan(facts: Facts) -> str:
     header = ["stage", "what learns", "parameters", "epochs", "highest learning rate", "time"]
     chosen = facts.choice("transfer") or "of its own"
     text = f"The transfer plan is {code(chosen)}:\n\n{table(header, rows, left=2)}"
-    command = " ".join(["graft train", *facts.overrides])
+    command = " ".join(["graft train", *map(shlex.quote, facts.overrides)])
     return (
         f"{text}\n\nThe seed is {int(facts.config['seed'])}. The command, without the paths of "
         f"the machine it ran on:\n\n{block(command, 'text')}"
@@ -138,7 +139,7 @@ def origin(facts: Facts) -> str:
         ["time", f"{float(record.get('seconds') or 0):,.0f} s in all"],
         ["peak", ", ".join(peak)],
         [
-            "pretrained weights",
+            "weights at the start",
             code(facts.weights) + (f", SHA-256 {code(digest)}" if digest else ""),
         ],
         ["code", f"commit {code(commit)}{changed}"],
