@@ -14,9 +14,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from graft.commands.evaluate import Settings
 from graft.data.sources.synthetic import Synthetic
 from graft.evaluation.corruptions import CORRUPTIONS
+from graft.runs.evaluate import Settings
 from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Graft, compose
 

@@ -16,7 +16,10 @@ OPTIONAL = {
         "src/graft/sweeps", "src/hydra_plugins", "configs/hydra/launcher", "configs/hydra/sweeper",
     ),
     "compare": ("src/graft/compare", "src/graft/commands/compare.py"),
-    "evaluation": ("src/graft/evaluation", "src/graft/commands/evaluate.py"),
+    "evaluation": (
+        "src/graft/evaluation", "src/graft/commands/evaluate.py", "src/graft/runs/evaluate.py",
+        "src/graft/runs/other_data.py", "src/graft/deploy",
+    ),
     "tables": (
         "src/graft/tasks/multilabel.py", "src/graft/tasks/regression.py",
         "src/graft/data/sources/table.py", "configs/task/multilabel.yaml",

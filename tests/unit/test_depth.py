@@ -14,10 +14,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from graft.commands.evaluate import read_alike
 from graft.data.sources import decode as decoding
 from graft.data.sources.decode import EXTENSIONS, FORMATS, Reading, decode, decode_batch
 from graft.data.sources.folder import EvalFolder, ImageFolder
+from graft.runs.other_data import read_alike
 from graft.transforms.preprocessing import Preprocessing
 from tests.unit.source_files import BLUE, RED, class_folders, corner, read, save
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
-from graft.commands.evaluate import details
+from graft.evaluation.details import details
 from graft.tasks import scores
 from graft.tasks.scores import Predictions
 

@@ -10,10 +10,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from graft.config.conflicts import missing_path, without_effect
+from graft.config.job import Job
 from graft.config.names import visible
-from graft.config.overrides import whole_command
-from graft.config.resolved import CONFIGS, check, chosen_options, explain
+from graft.config.resolved import CONFIGS, explain
 from graft.runs.entry import entry, failures
 
 
@@ -21,7 +20,7 @@ from graft.runs.entry import entry, failures
 def main(config: DictConfig) -> float:
     """One run; the jobs of a sweep are started by our launchers."""
     try:
-        return job(config)
+        return run_job(config)
     except Exception as error:
         if "GRAFT_SHORT_ERRORS" not in os.environ:
             raise
@@ -30,12 +29,9 @@ def main(config: DictConfig) -> float:
         return float("nan")
 
 
-def job(config: DictConfig) -> float:
-    plain = check(config)  # before torch is imported
+def run_job(config: DictConfig) -> float:
     hydra_config = HydraConfig.get()
-    overrides = whole_command(hydra_config, hydra_config.overrides.task)
-    if problem := without_effect(plain, overrides) or missing_path(plain):
-        raise ValueError(problem)
+    job = Job.of(config, hydra_config)  # before torch is imported
     if hydra_config.mode == RunMode.MULTIRUN:
         raise ValueError(
             f"hydra/launcher={hydra_config.runtime.choices['hydra/launcher']}: sweeps run with "
@@ -43,9 +39,7 @@ def job(config: DictConfig) -> float:
         )
     from graft.runs.run import run
 
-    return run(plain, overrides, chosen_options(hydra_config.runtime.choices))[
-        plain["task"]["monitor"]
-    ]
+    return run(job.config, job.overrides, job.choices)[job.config["task"]["monitor"]]
 
 
 if __name__ == "__main__":

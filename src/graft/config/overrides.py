@@ -97,14 +97,17 @@ def search_path(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if key_of(override) == SEARCHPATH]
 
 
-def config_dir(folder: str) -> list[str]:
+def config_dir(folder: str, option: str = "--config-dir ") -> list[str]:
     """What Hydra's option `--config-dir` means as overrides, for commands that are not Hydra's.
+
+    Args:
+        option: how a message begins.
 
     Raises:
         ValueError: there is no such folder.
     """
     if folder and not place(folder).is_dir():
-        raise ValueError(f"--config-dir {folder}: no such folder")
+        raise ValueError(f"{option}{folder}: no such folder")
     return [_searching([f"file://{place(folder)}"])] if folder else []
 
 

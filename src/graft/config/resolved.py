@@ -6,7 +6,7 @@ import argparse
 import copy
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,19 @@ def check_values(plain: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def explain(error: BaseException) -> str:
-    """One line for an error of Hydra or of ours, with close matches for a mistyped name."""
+def explain(error: BaseException, command: Sequence[str] | None = None) -> str:
+    """One line for an error of Hydra or of ours, with close matches for a mistyped name.
+
+    Args:
+        command: the overrides that led to it; None: those of this process.
+    """
+    command = sys.argv[1:] if command is None else command
     while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         error = error.__cause__  # what the class itself said
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not override '([^']+)'", text):
-        key, hint = match[1], did_you_mean(match[1], _known_keys())
+        key, hint = match[1], did_you_mean(match[1], _known_keys(command))
         group = key.partition(".")[0]
         if group in ("callbacks", "logger") and f" {group}." not in hint:
             hint = f": to add one, write +{key}=VALUE"
@@ -144,7 +149,7 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Error merging override (.+)", text):
         return f"{match[1]}: the value is of another kind than what is there"
     if "Config group override must be" in text:
-        groups = " ".join(_given_groups())
+        groups = " ".join(_given_groups(command))
         return f"{groups}: a config group takes the name of an option"
     if isinstance(error, OverrideParseException):
         return unreadable(error.override)
@@ -162,24 +167,24 @@ def explain(error: BaseException) -> str:
     return f"{name}: {' '.join(lines[:3])}"
 
 
-def _given_groups() -> list[str]:
-    """What this command chooses in config groups."""
-    return [a for a in sys.argv[1:] if (CONFIGS / a.lstrip("+").partition("=")[0]).is_dir()]
+def _given_groups(command: Sequence[str]) -> list[str]:
+    """What a command chooses in config groups."""
+    return [a for a in command if (CONFIGS / a.lstrip("+").partition("=")[0]).is_dir()]
 
 
-def _known_keys() -> list[str]:
+def _known_keys(command: Sequence[str]) -> list[str]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
     # Of the plan, the data, ... that this command chooses.
-    given = [a for a in _given_groups() if "=" in a and "," not in a]
+    given = [a for a in _given_groups(command) if "=" in a and "," not in a]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", default="")
-    own = config_dir(parser.parse_known_args(sys.argv[1:])[0].config_dir)
+    own = config_dir(parser.parse_known_args(command)[0].config_dir)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            config = compose("train", [*search_path(sys.argv[1:]), *own, *given])
+            config = compose("train", [*search_path(command), *own, *given])
         except HydraException:
             config = compose("train")
     plain = OmegaConf.to_container(config, resolve=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graft.data.sources.decode import Reading, as_range
+from graft.deploy.predictions import Prediction, predict_files
 from graft.deploy.spec import Spec, Threads
 from graft.evaluation.evaluator import restore
 from graft.features.prefix import FrozenPrefix, single_thread
@@ -50,7 +51,31 @@ class Deployed(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 RGB -> (N, num_features)."""
-        return self.backbone(self.prepare(images))
+        return self.backbone(self.preprocess(images))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 RGB -> what the backbone takes: resized, cropped, normalised.
+
+        A call of the model does this itself.
+
+        Raises:
+            ValueError: images of another type or shape, preprocessed ones say.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}: the model takes (N, 3, H, W) "
+                "uint8 RGB as images are stored, and preprocesses them itself"
+            )
+        return self.prepare(images)
+
+    def predict(self, paths: str | Path | Iterable[str | Path]) -> list[Prediction]:
+        """Of image files, in their order.
+
+        Raises:
+            ValueError: a file that is no image that can be read; the message names it.
+            OSError: a file that is not there, or that may not be read.
+        """
+        return predict_files(self, paths)
 
     @torch.inference_mode()
     def predict_rows(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

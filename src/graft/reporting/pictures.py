@@ -67,6 +67,26 @@ def tiles(images: Tensor, captions: Sequence[Caption], columns: int = 5) -> Imag
     return sheet
 
 
+def surest_mistakes(p: Predictions, most: int) -> Tensor:
+    """Which of the predictions they are."""
+    wrong = (p.prediction != p.label).nonzero()[:, 0]
+    return wrong[p.confidence[wrong].argsort(descending=True)][:most]
+
+
+def predicted(images: Tensor, p: Predictions, at: Tensor, classes: Sequence[str]) -> Image.Image:
+    """Images (N, 3, H, W) uint8 of the predictions `at`, with the class each is taken for, red
+    where that is wrong, and then the right one.
+    """
+    captions: list[Caption] = []
+    rows = zip(p.prediction[at].tolist(), p.label[at].tolist(), p.confidence[at], strict=True)
+    for prediction, label, confidence in rows:
+        wrong = prediction != label
+        taken_for = f"{classes[prediction]} {100 * confidence:.0f}%"
+        right = [(f"is {classes[label]}", "black")] if wrong else []
+        captions.append([(taken_for, RED if wrong else BLUE), *right])
+    return tiles(images, captions)
+
+
 def cells(
     shades: NDArray[np.float64],
     texts: Sequence[Sequence[str]] | None,

@@ -220,15 +220,10 @@ def _show_test(board: TensorBoard, data: TransferDataModule, collected: Collect)
     _show(board, "test/confusion", pictures.confusion(p, data.classes), step)
     ece = scores(p, data.num_classes)["ece"]
     _show(board, "test/calibration", pictures.calibration(p, ece), step)
-    wrong = (p.prediction != p.label).nonzero()[:, 0]
-    wrong = wrong[p.confidence[wrong].argsort(descending=True)][:MISTAKES]
+    wrong = pictures.surest_mistakes(p, MISTAKES)
     if len(wrong):
-        captions: list[pictures.Caption] = []
-        for i in wrong.tolist():
-            taken_for = f"{data.classes[p.prediction[i]]} {100 * p.confidence[i]:.0f}%"
-            captions += [[(taken_for, pictures.RED), (f"is {data.classes[p.label[i]]}", "black")]]
         images = split[p.index[wrong].tolist()]["image"]
-        _show(board, "test/mistakes", pictures.tiles(images, captions), step)
+        _show(board, "test/mistakes", pictures.predicted(images, p, wrong, data.classes), step)
     _show_features(board, data, collected, p)
 
 

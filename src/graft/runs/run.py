@@ -28,14 +28,30 @@ def run(
 
     Returns the metrics of the run: the monitored one of the best checkpoint, and those of its test.
     """
+    return run_with_folder(config, overrides, choices)[0]
+
+
+def run_with_folder(
+    config: dict[str, Any],
+    overrides: list[str],
+    choices: Mapping[str, str | None] | None = None,
+    *,
+    embedded: bool = False,
+) -> tuple[dict[str, float], Path | None]:
+    """`run`, and its folder: None on ranks that write nothing.
+
+    Args:
+        embedded: in a process that goes on, a notebook's say: see `StopSignals`.
+    """
     import_libraries()
     logs = Path(config["paths"]["logs"])
     if begun := run_of_this_job(logs, overrides):
         own = read_yaml_mapping(begun / "config.yaml") == config
-        return resume_run(begun, trusted=own)
+        return resume_run(begun, trusted=own), begun
     folder = None
     if is_first_process():
         name = run_name(config, (choices or {}).get("experiment"), overrides)
         folder = RunFolder.create(logs, name, config, overrides, choices)
     with folder.locked() if folder is not None else nullcontext():
-        return run_in_folder(config, folder)
+        metrics = run_in_folder(config, folder, embedded=embedded)
+    return metrics, None if folder is None else folder.path

@@ -24,9 +24,17 @@ if TYPE_CHECKING:
 
 
 def run_in_folder(
-    config: dict[str, Any], folder: RunFolder | None, resumed: Resumed | None = None
+    config: dict[str, Any],
+    folder: RunFolder | None,
+    resumed: Resumed | None = None,
+    *,
+    embedded: bool = False,
 ) -> dict[str, float]:
-    """`train`, with what comes of it in the run folder."""
+    """`train`, with what comes of it in the run folder.
+
+    Args:
+        embedded: see `StopSignals`.
+    """
     from graft.reporting import report
 
     quiet_libraries()
@@ -43,7 +51,7 @@ def run_in_folder(
         if folder is not None:
             folder.finish(status, error=reason, seconds=seconds())
 
-    with StopSignals(end).handled() as stop:
+    with StopSignals(end, embedded=embedded).handled() as stop:
         try:
             with stop.explaining_lost_ranks():
                 metrics, _ = train(config, folder, resumed, stop)

@@ -74,9 +74,14 @@ class StopSignals:
         record: called with a status and a reason if the process is ended from outside of the main
             thread, which waits for what may never come; see `Watch`. None: for a sweep, whose jobs
             look after themselves.
+        embedded: the process goes on after the run, and others than the run are at home in it: it
+            is never ended. A second signal raises `Preempted` at once.
     """
 
-    def __init__(self, record: Callable[[str, str], Any] | None = None) -> None:
+    def __init__(
+        self, record: Callable[[str, str], Any] | None = None, *, embedded: bool = False
+    ) -> None:
+        self.embedded = embedded
         self.received = 0
         self.training = False  # whoever sets it looks at `received` after each batch
         self.ending = False  # the main thread knows why
@@ -90,6 +95,10 @@ class StopSignals:
             yield self  # only the main thread may set handlers
             return
         self.terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        if self.embedded:
+            with handled_by(self._handle) as self.heard:
+                yield self
+            return
         watch = Watch(self)
         with handled_by(self._handle) as self.heard:
             watch.start()
@@ -104,6 +113,8 @@ class StopSignals:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
             return  # SLURM warns all processes, as does a terminal; the run is what stops
+        if self.received and self.embedded:
+            raise Preempted(signum)
         if self.received:
             return  # see `Watch`
         self.received = signum
