@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from graft.data.sources.synthetic import Synthetic
-from graft.evaluation.corruptions import CORRUPTIONS
 from graft.runs.evaluate import Settings
+from graft.transforms.corruptions import CORRUPTIONS
 from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Graft, compose
 
