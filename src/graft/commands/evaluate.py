@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         nargs="+",
         type=int,
         choices=range(1, 6),
-        default=[1, 2, 3, 4, 5],
+        default=Settings.severities,
         metavar="N",
         help="of --corruptions, from 1 to 5; default: all five",
     )
@@ -69,12 +69,6 @@ def main(arguments: Sequence[str]) -> None:
     folder = settings.pop("config_dir")
     if folder and not settings["data"]:
         parser.error("--config-dir is for --data")
-    if settings["corruptions"] is None:
-        settings["corruptions"] = ()
-    elif not settings["corruptions"]:
-        from graft.transforms.corruptions import CORRUPTIONS
-
-        settings["corruptions"] = [*CORRUPTIONS]
     try:
         settings["data"] = [*settings["data"], *config_dir(folder)]
         evaluate(settings.pop("run"), Settings(**settings))

@@ -40,7 +40,7 @@ class Settings:
         data: a data group's name and overrides of it, or a folder and such overrides; empty: the
             run's own.
         mirror: evaluate the mean features of an image and its mirror image.
-        corruptions: names of those to corrupt the images by.
+        corruptions: names of those to corrupt the images by; empty: all; None: none.
         severities: of these.
         adapt: to the images, without their labels: "adabn", "tent", or "tent-continual", which
             goes on from one corruption to the next. The batch size then counts.
@@ -52,7 +52,7 @@ class Settings:
     places: Sequence[str] = ()
     data: Sequence[str] = ()
     mirror: bool = False
-    corruptions: Sequence[str] = ()
+    corruptions: Sequence[str] | None = None
     severities: Sequence[int] = (1, 2, 3, 4, 5)
     adapt: str | None = None
     limit: int | None = None
@@ -61,7 +61,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Of the result's files: other settings have other names, other folders of one name too."""
-        words = ["corruptions" if self.corruptions else "data" if self.data else "test"]
+        words = ["corruptions" if self.corruptions is not None else "data" if self.data else "test"]
         words += [word.rpartition("=")[2].rstrip("/").rpartition("/")[2] for word in self.data]
         words += [Path(self.ckpt).stem] if self.ckpt != "best" else []
         words += [self.adapt] if self.adapt else []
@@ -69,8 +69,8 @@ class Settings:
         words += [f"limit{self.limit}"] if self.limit else []
         name = shortened("_".join(map(file_word, words)))
         given = [*self.data, *([self.ckpt] if self.ckpt not in ("best", "last") else [])]
-        if self.corruptions:
-            given += [*self.corruptions, *map(str, self.severities)]
+        given += self.corruptions or ()
+        given += map(str, self.severities) if self.severities != Settings.severities else ()
         exact = [_with_whole_path(word) for word in given]
         if len(exact) > 1 or any("/" in word for word in exact):
             name += f"-{hashlib.sha256(chr(0).join(exact).encode()).hexdigest()[:6]}"
@@ -117,12 +117,10 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     from graft.training.trainer import describe_device
     from graft.transforms.corruptions import CORRUPTIONS
 
-    for name in settings.corruptions:
+    for name in settings.corruptions or ():
         if name not in CORRUPTIONS:
-            hint = did_you_mean(name, CORRUPTIONS)
-            raise ValueError(
-                f"--corruptions {name}: there is none{hint} ({', '.join(CORRUPTIONS)})"
-            )
+            known = did_you_mean(name, CORRUPTIONS) or f": there are {', '.join(CORRUPTIONS)}"
+            raise ValueError(f"--corruptions {name}: unknown{known}")
     quiet_libraries()
     started = time.perf_counter()
     checkpoint = read_checkpoint(path)
@@ -163,9 +161,11 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     }
     if test.targets is not None:
         result |= measured_outputs(evaluator, test, positions, file, settings)
-    elif settings.corruptions:
+    elif settings.corruptions is not None:
         result["metrics"] = scores(evaluator.predictions(test), datamodule.num_classes)
-        found = evaluator.corruptions(test, settings.corruptions, settings.severities)
+        found = evaluator.corruptions(
+            test, settings.corruptions or [*CORRUPTIONS], settings.severities
+        )
         accuracies = [values["acc"] for rows in found.values() for values in rows.values()]
         result |= {"corruptions": found, "mean_acc": float(np.mean(accuracies))}
     else:
@@ -182,7 +182,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
         write_atomically(file.with_suffix(".npz"), kept)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_atomically(file, json.dumps(result, indent=1) + "\n")
-    (report.print_corruptions if settings.corruptions else report.print_scores)(result)
+    (report.print_corruptions if settings.corruptions is not None else report.print_scores)(result)
     report.say(f"kept in   {file}")
     return result
 
@@ -195,8 +195,8 @@ def measured_outputs(
     settings: Settings,
 ) -> dict[str, Any]:
     """Metrics of a task without classes, with intervals; its outputs are kept beside `file`."""
-    if settings.corruptions or settings.adapt:
-        option = "--corruptions" if settings.corruptions else "--adapt"
+    if settings.corruptions is not None or settings.adapt:
+        option = "--corruptions" if settings.corruptions is not None else "--adapt"
         raise ValueError(f"{option} is for classes, and this run has none")
     from graft.evaluation.bootstrap import intervals
 
