@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from graft.data.sources.synthetic import Synthetic
-from graft.evaluation.corruptions import CORRUPTIONS
 from graft.runs.evaluate import Settings
+from graft.transforms.corruptions import CORRUPTIONS
 from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Graft, compose
 
@@ -175,18 +175,57 @@ def test_last_mirror_and_limit(graft: Graft, tuned: Path) -> None:
 
 
 def test_corruptions_are_a_table_that_gets_worse(graft: Graft, tuned: Path) -> None:
-    done = graft("eval", str(tuned), "--corruptions")
+    chosen = ["--corruptions", "gaussian_noise", "contrast", "--severities", "1", "5"]
+    done = graft("eval", str(tuned), *chosen)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tuned / "eval" / "corruptions.json").read_text())
+    (file,) = (tuned / "eval").glob("corruptions*.json")
+    result = json.loads(file.read_text())
     recorded = json.loads((tuned / "run.json").read_text())["metrics"]
     assert result["metrics"]["acc"] == recorded["test/acc"]
-    assert [*result["corruptions"]] == [*CORRUPTIONS]
-    accuracies = [s["acc"] for severities in result["corruptions"].values() for s in severities]
-    assert len(accuracies) == 25
+    assert [*result["corruptions"]] == ["gaussian_noise", "contrast"]
+    accuracies = [s["acc"] for rows in result["corruptions"].values() for s in rows.values()]
+    assert len(accuracies) == 4
     assert result["mean_acc"] == pytest.approx(np.mean(accuracies))
     assert result["mean_acc"] < recorded["test/acc"]
-    for name in CORRUPTIONS:
-        assert name in done.stdout
+    assert "gaussian_noise" in done.stdout
+
+
+def test_all_corruptions_are_the_fifteen_of_cifar_10_c() -> None:
+    assert len(CORRUPTIONS) == 15
+    assert all(len(parameters) == 5 for _, parameters in CORRUPTIONS.values())
+
+
+def test_adaptation_helps_under_a_shift_and_leaves_the_run_as_it_was(
+    graft: Graft, tuned: Path
+) -> None:
+    def contrast(*adapt: str) -> dict[str, Any]:
+        done = graft("eval", str(tuned), "--corruptions", "contrast", "--severities", "5", *adapt)
+        assert done.returncode == 0, done.stderr
+        file = Path(done.stdout.split("kept in")[1].strip())
+        return json.loads(file.read_text())
+
+    plain, adabn, tent = contrast(), contrast("--adapt", "adabn"), contrast("--adapt", "tent")
+    assert adabn["mean_acc"] > plain["mean_acc"]
+    assert tent["mean_acc"] > plain["mean_acc"]
+    assert adabn["metrics"] == plain["metrics"], "clean images are predicted without it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--corruptions", "fogg"], "--corruptions fogg: unknown: did you mean fog?"),
+        (["--corruptions", "fog", "--severities", "6"], "invalid choice: 6"),
+        (["--adapt", "tents"], "invalid choice: 'tents'"),
+    ],
+)
+def test_a_shift_or_method_that_there_is_not_is_one_line(
+    graft: Graft, tuned: Path, arguments: list[str], message: str
+) -> None:
+    done = graft("eval", str(tuned), *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stderr.startswith("graft: error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_run_of_several_gpus_is_evaluated_where_there_is_none(graft: Graft, tuned: Path) -> None:

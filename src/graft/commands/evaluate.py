@@ -41,8 +41,25 @@ def main(arguments: Sequence[str]) -> None:
     option("--ckpt", default="best", help="best (default) or last of the last stage, or a file")
     option(
         "--corruptions",
-        action="store_true",
-        help="noise, blur, contrast, brightness and JPEG, at severities 1 to 5",
+        nargs="*",
+        metavar="NAME",
+        help="corrupt the images as CIFAR-10-C does: in these ways (gaussian_noise fog ...), or in "
+        "all fifteen",
+    )
+    option(
+        "--severities",
+        nargs="+",
+        type=int,
+        choices=range(1, 6),
+        default=Settings.severities,
+        metavar="N",
+        help="of --corruptions, from 1 to 5; default: all five",
+    )
+    option(
+        "--adapt",
+        choices=("adabn", "tent", "tent-continual"),
+        help="to the images, without their labels: their BatchNorm statistics (adabn), or also "
+        "steps that make predictions surer (tent: anew for each corruption)",
     )
     option("--mirror", action="store_true", help="mean features of an image and its mirror image")
     add_trust(parser)

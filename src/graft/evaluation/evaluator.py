@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +15,11 @@ import numpy as np
 import torch
 
 from graft.data.datamodule import TransferDataModule
-from graft.data.datasets import ImageDataset
+from graft.data.datasets import Batch, ImageDataset
 from graft.data.items import SplitRecord
 from graft.data.subset import stratified_fraction
-from graft.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages
+from graft.evaluation.adapt import Tent, estimate_statistics, kept, require_batch_norms
+from graft.evaluation.corruptions import CorruptedImages
 from graft.features.store import FeatureStore
 from graft.models.weights import check_finite, load_state
 from graft.plan.stage import Stage
@@ -36,6 +39,8 @@ class Evaluator:
     Args:
         stage, index: the run's last one.
         options: of the trainer.
+        adapt: to the images that are predicted, without their labels: "adabn" or "tent".
+        continual: Tent goes on from one set of images to the next, in place of starting anew.
     """
 
     module: TransferModule
@@ -44,6 +49,9 @@ class Evaluator:
     index: int
     cache: Path
     options: dict[str, Any]
+    adapt: str | None = None
+    continual: bool = False
+    tent: Tent | None = None
 
     @classmethod
     def build(
@@ -102,6 +110,39 @@ class Evaluator:
     def predictions(self, dataset: ImageDataset, *, store: bool = True) -> Predictions:
         return Predictions.joined(self._collected(dataset, store=store).parts)
 
+    def adapted_predictions(self, dataset: ImageDataset) -> Predictions:
+        """After, or while, the model adapts to these very images; afterwards it is as before,
+        except in continual adaptation.
+
+        Raises:
+            ValueError: it has no BatchNorm to adapt.
+        """
+        require_batch_norms(self.module.backbone, str(self.adapt))
+        gpu = self.options["accelerator"] != "cpu" and torch.cuda.is_available()
+        module = self.module.to("cuda" if gpu else "cpu").eval()
+        self.datamodule.start_stage(self.index, augment=False, image_size=self.stage.image_size)
+        # Class folders come class by class; an adaptation is to meet them mixed.
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        parts = order.tensor_split(-(-len(order) // self.datamodule.eval_batch_size))
+
+        def batches() -> Iterator[Batch]:
+            for part in parts:
+                batch = {k: v.to(module.device) for k, v in dataset[part.tolist()].items()}
+                yield self.datamodule.transform(batch, augment=False)
+
+        with nullcontext() if self.continual else kept(module):
+            model: Any = module
+            if self.adapt == "adabn":
+                estimate_statistics(module.backbone, [batch["image"] for batch in batches()])
+            else:
+                model = self.tent = (self.tent if self.continual else None) or Tent(module)
+            with torch.no_grad():
+                found = [
+                    Predictions.of(model(batch["image"]), batch["label"], batch["index"])
+                    for batch in batches()
+                ]
+        return Predictions.joined(found)
+
     def outputs(self, dataset: ImageDataset) -> Outputs:
         """Of a task without classes."""
         return Outputs.joined(self._collected(dataset, store=True).outputs)
@@ -121,18 +162,21 @@ class Evaluator:
             raise KeyboardInterrupt
         return collect
 
-    def corruptions(self, test: ImageDataset) -> dict[str, list[dict[str, float]]]:
-        """Name of a corruption -> scores at severities 1 to 5."""
-        found = {}
-        for name in CORRUPTIONS:
-            started = time.perf_counter()
-            found[name] = [
-                scores(
-                    self.predictions(CorruptedImages(test, name, severity), store=False),
-                    self.datamodule.num_classes,
+    def corruptions(
+        self, test: ImageDataset, names: Sequence[str], severities: Sequence[int]
+    ) -> dict[str, dict[int, dict[str, float]]]:
+        """Scores by name of the corruption and severity."""
+        found: dict[str, dict[int, dict[str, float]]] = {}
+        for name in names:
+            started, found[name] = time.perf_counter(), {}
+            for severity in severities:
+                images = CorruptedImages(test, name, severity)
+                predictions = (
+                    self.adapted_predictions(images)
+                    if self.adapt
+                    else self.predictions(images, store=False)
                 )
-                for severity in SEVERITIES
-            ]
+                found[name][severity] = scores(predictions, self.datamodule.num_classes)
             report.say(f"          {name}: {time.perf_counter() - started:.1f} s")
         return found
 

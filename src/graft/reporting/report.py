@@ -204,11 +204,11 @@ def print_scores(result: Mapping[str, Any], worst: int = 20) -> None:
 def print_corruptions(result: Mapping[str, Any]) -> None:
     """Accuracy by corruption and severity."""
     table = Table(title="acc in %, by corruption and severity", title_justify="left")
-    severities = range(1, 1 + len(next(iter(result["corruptions"].values()))))
+    severities = next(iter(result["corruptions"].values()))
     for column in ("corruption", *map(str, severities), "mean"):
         table.add_column(column, justify="left" if column == "corruption" else "right")
     for name, rows in result["corruptions"].items():
-        values = [100 * row["acc"] for row in rows]
+        values = [100 * row["acc"] for row in rows.values()]
         mean = sum(values) / len(values)
         table.add_row(name, *(f"{value:.2f}" for value in (*values, mean)))
     _print(table)

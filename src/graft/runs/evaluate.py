@@ -18,7 +18,7 @@ import numpy as np
 from graft.config.names import file_word, shortened
 from graft.config.overrides import PLACES, key_of, path_of, place, quote_paths
 from graft.config.resolved import moved
-from graft.config.words import plural
+from graft.config.words import did_you_mean, plural
 from graft.runs.open import checkpoint_path, read_checkpoint, read_overrides, read_run
 from graft.runs.other_data import read_alike, with_data
 from graft.storage.disk import write_atomically
@@ -40,7 +40,10 @@ class Settings:
         data: a data group's name and overrides of it, or a folder and such overrides; empty: the
             run's own.
         mirror: evaluate the mean features of an image and its mirror image.
-        corruptions: corrupt the images, in each way and severity.
+        corruptions: names of those to corrupt the images by; empty: all; None: none.
+        severities: of these.
+        adapt: to the images, without their labels: "adabn", "tent", or "tent-continual", which
+            goes on from one corruption to the next. The batch size then counts.
         limit: evaluate about this many images, the same part of each class.
         batch_size: if other than the run's; it changes no result, only what fits into memory.
     """
@@ -49,20 +52,25 @@ class Settings:
     places: Sequence[str] = ()
     data: Sequence[str] = ()
     mirror: bool = False
-    corruptions: bool = False
+    corruptions: Sequence[str] | None = None
+    severities: Sequence[int] = (1, 2, 3, 4, 5)
+    adapt: str | None = None
     limit: int | None = None
     batch_size: int | None = None
 
     @property
     def name(self) -> str:
         """Of the result's files: other settings have other names, other folders of one name too."""
-        words = ["corruptions" if self.corruptions else "data" if self.data else "test"]
+        words = ["corruptions" if self.corruptions is not None else "data" if self.data else "test"]
         words += [word.rpartition("=")[2].rstrip("/").rpartition("/")[2] for word in self.data]
         words += [Path(self.ckpt).stem] if self.ckpt != "best" else []
+        words += [self.adapt] if self.adapt else []
         words += ["mirror"] if self.mirror else []
         words += [f"limit{self.limit}"] if self.limit else []
         name = shortened("_".join(map(file_word, words)))
         given = [*self.data, *([self.ckpt] if self.ckpt not in ("best", "last") else [])]
+        given += self.corruptions or ()
+        given += map(str, self.severities) if self.severities != Settings.severities else ()
         exact = [_with_whole_path(word) for word in given]
         if len(exact) > 1 or any("/" in word for word in exact):
             name += f"-{hashlib.sha256(chr(0).join(exact).encode()).hexdigest()[:6]}"
@@ -100,13 +108,19 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     file.parent.mkdir(exist_ok=True)  # before the work, not after it
 
     from graft.data.items import SplitRecord
+    from graft.evaluation.adapt import require_batch_norms
     from graft.evaluation.details import details
     from graft.evaluation.evaluator import Evaluator
     from graft.reporting import report
     from graft.runs.startup import quiet_libraries
     from graft.tasks.scores import scores
     from graft.training.trainer import describe_device
+    from graft.transforms.corruptions import CORRUPTIONS
 
+    for name in settings.corruptions or ():
+        if name not in CORRUPTIONS:
+            known = did_you_mean(name, CORRUPTIONS) or f": there are {', '.join(CORRUPTIONS)}"
+            raise ValueError(f"--corruptions {name}: unknown{known}")
     quiet_libraries()
     started = time.perf_counter()
     checkpoint = read_checkpoint(path)
@@ -115,6 +129,10 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     record = SplitRecord.read(run)
     evaluator = Evaluator.build(config, checkpoint, path, None if settings.data else record)
     evaluator.module.backbone.mirror |= settings.mirror
+    if settings.adapt:
+        require_batch_norms(evaluator.module.backbone, settings.adapt)
+        evaluator.adapt, _, continual = settings.adapt.partition("-")
+        evaluator.continual = bool(continual)
     datamodule = evaluator.datamodule
     datamodule.eval_batch_size = settings.batch_size or datamodule.eval_batch_size
     test, positions = evaluator.test_images(settings.limit)
@@ -143,13 +161,16 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     }
     if test.targets is not None:
         result |= measured_outputs(evaluator, test, positions, file, settings)
-    elif settings.corruptions:
+    elif settings.corruptions is not None:
         result["metrics"] = scores(evaluator.predictions(test), datamodule.num_classes)
-        found = evaluator.corruptions(test)
-        accuracies = [values["acc"] for severities in found.values() for values in severities]
+        found = evaluator.corruptions(
+            test, settings.corruptions or [*CORRUPTIONS], settings.severities
+        )
+        accuracies = [values["acc"] for rows in found.values() for values in rows.values()]
         result |= {"corruptions": found, "mean_acc": float(np.mean(accuracies))}
     else:
-        predictions = evaluator.predictions(test)
+        predict = evaluator.adapted_predictions if settings.adapt else evaluator.predictions
+        predictions = predict(test)
         result["metrics"] = scores(predictions, datamodule.num_classes)
         result |= details(predictions, datamodule.classes)
         kept = compressed(
@@ -161,7 +182,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
         write_atomically(file.with_suffix(".npz"), kept)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_atomically(file, json.dumps(result, indent=1) + "\n")
-    (report.print_corruptions if settings.corruptions else report.print_scores)(result)
+    (report.print_corruptions if settings.corruptions is not None else report.print_scores)(result)
     report.say(f"kept in   {file}")
     return result
 
@@ -174,8 +195,9 @@ def measured_outputs(
     settings: Settings,
 ) -> dict[str, Any]:
     """Metrics of a task without classes, with intervals; its outputs are kept beside `file`."""
-    if settings.corruptions:
-        raise ValueError("--corruptions knows accuracies alone, and this run has no classes")
+    if settings.corruptions is not None or settings.adapt:
+        option = "--corruptions" if settings.corruptions is not None else "--adapt"
+        raise ValueError(f"{option} is for classes, and this run has none")
     from graft.evaluation.bootstrap import intervals
 
     found, task = evaluator.outputs(test), evaluator.module.task.cpu()
