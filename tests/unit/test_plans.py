@@ -6,8 +6,11 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from graft.config.resolved import CONFIGS
+from graft.config.stage import StageOptions
 from graft.models.heads import LinearHead
 from graft.models.resnet_cifar import resnet_cifar
 from graft.plan.lora import LoRA, LowRank, add_adapters, merge_adapters
@@ -300,3 +303,10 @@ def test_what_contradicts_itself_is_said_before_anything_starts(
 def test_adapters_need_a_weight_to_sit_on() -> None:
     with pytest.raises(ValueError, match="lora: no linear layer or convolution in norms"):
         module_of("transfer=lora", f"{STAGE}.trainable=norms", f"{STAGE}.norm=train")
+
+
+def test_a_stage_s_defaults_are_those_that_users_read() -> None:
+    base = OmegaConf.load(CONFIGS / "stage" / "base.yaml")
+    written = OmegaConf.to_container(OmegaConf.merge(base, {"epochs": 1}))
+    of_the_run = dict.fromkeys(("lr", "weight_decay", "optimizer", "scheduler"))
+    assert {**of_the_run, **vars(StageOptions(epochs=1))} == written
