@@ -82,7 +82,7 @@ def test_a_corrupted_subset_holds_the_images_of_the_whole_set() -> None:
     split = Split(photographs().numpy(), np.arange(6))
     whole = CorruptedImages(ImageDataset(split), "gaussian_noise", 2)[[4, 5]]
     part = CorruptedImages(ImageDataset(split, np.array([1, 4, 5])), "gaussian_noise", 2)[[1, 2]]
-    assert torch.equal(whole["image"], part["image"])
+    assert torch.equal(whole["input"], part["input"])
     assert part["label"].tolist() == [4, 5]
     assert part["index"].tolist() == [1, 2]
 
@@ -98,4 +98,4 @@ def test_nothing_of_the_old_test_split_outlives_its_replacement() -> None:
     assert data.digest("test") != before[0]
     assert data.digest("val") == before[1]
     (batch,) = data.loader("test", train=False)
-    assert len(batch["image"]) == 6
+    assert len(batch["input"]) == 6

@@ -221,11 +221,11 @@ def test_stages_have_their_own_image_size_and_augmentation() -> None:
     _, data = build(config)
     index = torch.arange(6)
     images = torch.as_tensor(data.splits["train"].images[:6])
-    batch = {"image": images, "index": index, "label": index % 4}
+    batch = {"input": images, "index": index, "label": index % 4}
     for i, (stage, size) in enumerate(zip(build_stages(config), (24, 40), strict=True)):
         data.start_stage(i, augment=stage.augment, image_size=stage.image_size)
         for augment in (True, False):
-            assert data.transform(batch, augment=augment)["image"].shape[-2:] == (size, size)
+            assert data.transform(batch, augment=augment)["input"].shape[-2:] == (size, size)
         assert ("target" in data.transform(batch, augment=True)) is (i == 1)
     data.start_stage(0)
     assert data.preprocessing.crop_size == 24

@@ -38,10 +38,10 @@ class Denoising(Task):
         return self.decoder(maps), wanted
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
-        return F.mse_loss(*self.restored(model, batch["image"]))
+        return F.mse_loss(*self.restored(model, batch["input"]))
 
     def evaluate(self, model: Model, batch: Batch, tally: Tally) -> Tensor:
-        restored, wanted = self.restored(model, batch["image"])
+        restored, wanted = self.restored(model, batch["input"])
         tally.add(loss=F.mse_loss(restored, wanted).double() * len(wanted), images=len(wanted))
         return restored
 
@@ -61,7 +61,7 @@ class TwoStreams(Classification):
 
     def loss(self, model: Model, batch: Any) -> Tensor:
         self.seen.append(batch)
-        features = [model.backbone(batch[name]["image"]).mean(0) for name in self.streams]
+        features = [model.backbone(batch[name]["input"]).mean(0) for name in self.streams]
         return super().loss(model, batch["train"]) + F.mse_loss(*features)
 
 

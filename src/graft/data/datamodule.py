@@ -345,7 +345,7 @@ class TransferDataModule(L.LightningDataModule):
         """
         positions, view = np.divmod(np.asarray(rows), views_count(views))
         batch = self.splits[split][positions.tolist()]
-        images, index = batch["image"].to(device), batch["index"].to(device)
+        images, index = batch["input"].to(device), batch["index"].to(device)
         return self._viewed(images, index, torch.from_numpy(view).to(device), views)
 
     def _viewed(self, images: Tensor, index: Tensor, view: Tensor, views: str | int) -> Tensor:
@@ -354,8 +354,8 @@ class TransferDataModule(L.LightningDataModule):
         elif isinstance(views, int) and self.augment is not None:
             # Not mixed: a view is of one image.
             augment = dataclasses.replace(self.augment, mixup=0.0, cutmix=0.0)
-            drawn = {"image": images, "index": index * views + view}
-            return augment.batch(drawn, self.prepare_images, 0, seed=0, epoch=0)["image"]
+            drawn = {"input": images, "index": index * views + view}
+            return augment.batch(drawn, self.prepare_images, 0, seed=0, epoch=0)["input"]
         return self.prepare_images(images)
 
     def digest(self, split: str) -> str:
@@ -389,7 +389,7 @@ class TransferDataModule(L.LightningDataModule):
             return batch
         if isinstance(batch.get("train"), dict):  # several streams
             return {name: self.on_after_batch_transfer(part, 0) for name, part in batch.items()}
-        if "image" not in batch:
+        if "input" not in batch:
             return batch
         training = self.trainer is not None and self.trainer.training
         return self.transform(batch, augment=training, epoch=self._epoch())
@@ -417,12 +417,12 @@ class TransferDataModule(L.LightningDataModule):
         if augment and (count := views_count(self.stage_views)) > 1:
             index = batch["index"]
             view = drawn_view(count, index, seed=self.stage_seed, epoch=epoch)
-            return {**batch, "image": self._viewed(batch["image"], index, view, self.stage_views)}
+            return {**batch, "input": self._viewed(batch["input"], index, view, self.stage_views)}
         if augment and self.stage_augment is not None:
             return self.stage_augment.batch(
                 batch, self.prepare_images, self.num_classes, seed=self.stage_seed, epoch=epoch
             )
-        return {**batch, "image": self.prepare_images(batch["image"])}
+        return {**batch, "input": self.prepare_images(batch["input"])}
 
     def describe(self) -> dict[str, Any]:
         """Sizes for the start-up summary."""

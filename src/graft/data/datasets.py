@@ -59,7 +59,7 @@ class ImageDataset(Dataset[Batch]):
     def __getitem__(self, positions: Positions) -> Batch:
         at = np.asarray(positions) % len(self)
         batch = {
-            "image": torch.from_numpy(np.asarray(rows_of(self.images, self.rows[at]))),
+            "input": torch.from_numpy(np.asarray(rows_of(self.images, self.rows[at]))),
             "label": torch.from_numpy(self.labels[at]),
             "index": torch.as_tensor(positions),
         }

@@ -24,7 +24,7 @@ class ResidentDataset(Dataset["Batch"]):
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
         for start in range(0, len(dataset), CHUNK):
             positions = list(range(start, min(start + CHUNK, len(dataset))))
-            self.images[start : start + CHUNK] = dataset[positions]["image"].to(device)
+            self.images[start : start + CHUNK] = dataset[positions]["input"].to(device)
         self.labels = torch.from_numpy(dataset.labels).to(device)
         targets = dataset.targets
         self.targets = None if targets is None else torch.from_numpy(targets).to(device)
@@ -35,7 +35,7 @@ class ResidentDataset(Dataset["Batch"]):
     def __getitem__(self, positions: Positions) -> Batch:
         index = torch.tensor(positions, device=self.labels.device)
         at = index % len(self)
-        batch = {"image": self.images[at], "label": self.labels[at], "index": index}
+        batch = {"input": self.images[at], "label": self.labels[at], "index": index}
         if self.targets is not None:
             batch["target"] = self.targets[at]
         return batch

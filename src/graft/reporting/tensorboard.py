@@ -151,13 +151,13 @@ class Inputs(L.Callback):
             data = _datamodule(trainer)
             batch = batch.get("train", batch)  # type: ignore[assignment]
             seen = {key: values[:INPUTS].cpu() for key, values in batch.items()}
-            if "image" not in batch or batch["image"].dtype == torch.uint8:
+            if "input" not in batch or batch["input"].dtype == torch.uint8:
                 # Of stored features, the images they were computed from.
                 images = data.splits["train"][seen["index"].tolist()]
                 seen = {**data.transform(images, augment=True), "label": images["label"]}
             p = data.preprocessing
             mean, std = (torch.tensor(value)[:, None, None] for value in (p.mean, p.std))
-            pixels = (255 * (seen["image"] * std + mean)).round().clamp(0, 255).byte()
+            pixels = (255 * (seen["input"] * std + mean)).round().clamp(0, 255).byte()
             captions = [[(line, "black") for line in lines] for lines in _labels(seen, data)]
             sheet = pictures.tiles(pixels, captions)
             _show(board, f"inputs/{self.stage}", sheet, board.step_offset)
@@ -227,7 +227,7 @@ def _show_test(board: TensorBoard, data: TransferDataModule, collected: Collect)
         for i in wrong.tolist():
             taken_for = f"{data.classes[p.prediction[i]]} {100 * p.confidence[i]:.0f}%"
             captions += [[(taken_for, pictures.RED), (f"is {data.classes[p.label[i]]}", "black")]]
-        images = split[p.index[wrong].tolist()]["image"]
+        images = split[p.index[wrong].tolist()]["input"]
         _show(board, "test/mistakes", pictures.tiles(images, captions), step)
     _show_features(board, data, collected, p)
 
@@ -243,7 +243,7 @@ def _show_features(
         features = (features - features.mean(0)) @ axes
     sprites = [
         F.interpolate(
-            data.splits["test"][part.tolist()]["image"].float(),
+            data.splits["test"][part.tolist()]["input"].float(),
             (SPRITE, SPRITE),
             mode="bilinear",
             antialias=True,

@@ -40,7 +40,7 @@ class TransferModule(L.LightningModule):
     """Backbone and head under one of the stages of a transfer plan.
 
     Call `start_stage` before each `fit`: it decides what learns. Batches are dicts with "label"
-    and either "image" (N, 3, H, W) or "features" (stored outputs of the frozen prefix); training
+    and either "input" (N, 3, H, W) or "features" (stored outputs of the frozen prefix); training
     batches may carry soft labels, "target" (N, num_classes).
     """
 
@@ -126,7 +126,7 @@ class TransferModule(L.LightningModule):
         """Of the head, for images or stored features."""
         if "features" in batch:
             return self.head(self.backbone.forward_from(self.cut, batch["features"]))
-        return self(batch["image"])
+        return self(batch["input"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if isinstance(batch, Steps):

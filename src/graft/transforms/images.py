@@ -88,7 +88,7 @@ class Augment:
     ) -> dict[str, Tensor]:
         """A training batch, prepared; with soft labels "target" (N, num_classes) if it is mixed."""
         index = batch["index"]
-        images = self(batch["image"], index, seed=seed, epoch=epoch)
+        images = self(batch["input"], index, seed=seed, epoch=epoch)
         boxes = None
         if self.scale is not None:
             u = uniform(seed, epoch, index, BOX_DRAWS, first=CROP)
@@ -101,7 +101,7 @@ class Augment:
             erased = inside(boxes, height, width) & (u[:, 0] < self.erase)[:, None, None, None]
             images = images.masked_fill_(erased, 0.0)
         if not (self.mixup or self.cutmix):
-            return {**batch, "image": images}
+            return {**batch, "input": images}
         images, target = mix(
             images,
             batch.get("target", batch["label"]),
@@ -112,7 +112,7 @@ class Augment:
             seed=seed,
             epoch=epoch,
         )
-        return {**batch, "image": images, "target": target}
+        return {**batch, "input": images, "target": target}
 
 
 def _shifted(size: int, fraction: float, u: Tensor) -> Tensor:
