@@ -17,8 +17,9 @@ from graft.data.sample_transform import SampleTransformed
 from graft.training.build import build
 from graft.transforms.boxes import BOX_DRAWS, box_matrices, random_boxes
 from graft.transforms.draws import beta, uniform
-from graft.transforms.images import Augment, Prepare
+from graft.transforms.images import Augment
 from graft.transforms.mixing import mix
+from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Train, compose, same
 

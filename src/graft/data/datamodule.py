@@ -23,7 +23,8 @@ from graft.data.sample_transform import SampleTransformed, WithEpoch
 from graft.data.sources.base import Source
 from graft.data.splits import check_splits, draw_splits
 from graft.storage.stored import StoredFeatures
-from graft.transforms.images import Augment, Prepare
+from graft.transforms.images import Augment
+from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import Preprocessing
 
 FEW_STEPS = 8

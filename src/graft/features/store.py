@@ -22,7 +22,7 @@ from graft.storage.digests import entry_path, module_digest, source_of
 from graft.storage.disk import mark_used, readable
 from graft.storage.shards import ShardedRows
 from graft.storage.stored import StoredFeatures
-from graft.transforms import boxes, draws, images
+from graft.transforms import boxes, draws, images, prepare
 
 if TYPE_CHECKING:
     from graft.data.datamodule import TransferDataModule
@@ -161,7 +161,7 @@ class FeatureStore:
             "mirror": backbone.mirror,
             "block": self.cut,
             "views": (views, data.augment if isinstance(views, int) else None),
-            "code": [source_of(code) for code in (backbone.pool, images, boxes, draws)],
+            "code": [source_of(code) for code in (backbone.pool, images, prepare, boxes, draws)],
             "dtype": stage.cache_dtype,
             "precision": f"{self.precision.precision} {torch.get_float32_matmul_precision()}",
             "device": self.device.type,
