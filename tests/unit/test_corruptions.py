@@ -15,6 +15,7 @@ from graft.data.datasets import ImageDataset
 from graft.data.sources.base import Split
 from graft.data.sources.synthetic import Synthetic
 from graft.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, corrupt
+from graft.transforms.images import ImageInputs
 from graft.transforms.preprocessing import Preprocessing
 
 
@@ -90,7 +91,7 @@ def test_a_corrupted_subset_holds_the_images_of_the_whole_set() -> None:
 def test_nothing_of_the_old_test_split_outlives_its_replacement() -> None:
     """Its digest names stored features; a copy on a GPU would be tested in place of the new one."""
     data = TransferDataModule(
-        Synthetic(classes=2, per_class=9), Preprocessing(32, 32), batch_size=2
+        Synthetic(classes=2, per_class=9), ImageInputs(Preprocessing(32, 32)), batch_size=2
     )
     data.setup()
     before = data.digest("test"), data.digest("val")

@@ -28,6 +28,7 @@ from graft.data.sources.folder import EvalFolder, ImageFolder
 from graft.models.timm import timm_backbone
 from graft.models.torchvision import torchvision_backbone
 from graft.transforms import prepare
+from graft.transforms.images import ImageInputs
 from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import Preprocessing
 from tests.unit.source_files import save
@@ -60,7 +61,7 @@ def class_folders(root: Path, sizes: tuple[tuple[int, int], ...]) -> Path:
 
 def given_to_the_network(source: Source, p: Preprocessing, **options: Any) -> Tensor:
     """The test images, as a run prepares them."""
-    data = TransferDataModule(source, p, batch_size=1, **options)
+    data = TransferDataModule(source, ImageInputs(p, **options), batch_size=1)
     data.prepare_data()
     data.setup()
     rows = torch.arange(len(data.splits["test"])).numpy()

@@ -18,6 +18,7 @@ from graft.tasks.classification import Classification
 from graft.training.build import build, build_stages, check_optimizers
 from graft.training.ema import EMA
 from graft.training.module import TransferModule
+from graft.transforms.images import ImageInputs
 from tests.conftest import TINY, Train, compose, same
 
 STAGE = "transfer.stages.finetune"
@@ -228,8 +229,9 @@ def test_stages_have_their_own_image_size_and_augmentation() -> None:
             assert data.transform(batch, augment=augment)["input"].shape[-2:] == (size, size)
         assert ("target" in data.transform(batch, augment=True)) is (i == 1)
     data.start_stage(0)
-    assert data.preprocessing.crop_size == 24
-    assert data.stage_augment == data.augment
+    assert data.inputs.size == 24
+    assert isinstance(data.inputs, ImageInputs)
+    assert data.inputs.stage_augmentation == data.inputs.augmentation
 
 
 def test_images_are_kept_large_enough_for_every_stage() -> None:

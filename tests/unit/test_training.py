@@ -246,8 +246,8 @@ def test_training_validation_and_test_see_the_same_normalisation_and_geometry() 
     assert results[0].shape == (2, 3, 24, 24)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    p = datamodule.preprocessing
-    white = datamodule.prepare_images(torch.full((1, 3, 24, 24), 255, dtype=torch.uint8))
+    p = datamodule.inputs.preprocessing
+    white = datamodule.inputs.prepare(torch.full((1, 3, 24, 24), 255, dtype=torch.uint8))
     expected = [(1 - m) / s for m, s in zip(p.mean, p.std, strict=True)]
     assert white.mean((0, 2, 3)).tolist() == pytest.approx(expected, rel=1e-4)
 

@@ -27,6 +27,7 @@ from graft.reporting import pictures
 from graft.reporting.collect import Collect
 from graft.reporting.loggers import CSV, TensorBoard
 from graft.tasks.scores import Predictions, scores
+from graft.transforms.images import ImageInputs
 
 METRICS = ("test/acc", "test/loss", "time/fit_seconds")  # of the HPARAMS tab, and the best one
 CHANGED_BY = {
@@ -81,7 +82,7 @@ def hyperparameters(
         "lr": float(stages[-1].lr),
         "weight_decay": float(stages[-1].weight_decay),
         "batch_size": float(datamodule.batch_size),
-        "image_size": float(datamodule.own_preprocessing.crop_size),
+        "image_size": float(datamodule.run_inputs.size),
         "epochs": float(sum(stage.epochs for stage in stages)),
         "train_images": float(len(datamodule.splits["train"])),
         "seed": float(config["seed"]),
@@ -149,13 +150,15 @@ class Inputs(L.Callback):
             if not board.is_new(board.step_offset):
                 continue
             data = _datamodule(trainer)
+            if not isinstance(data.inputs, ImageInputs):
+                return
             batch = batch.get("train", batch)  # type: ignore[assignment]
             seen = {key: values[:INPUTS].cpu() for key, values in batch.items()}
             if "input" not in batch or batch["input"].dtype == torch.uint8:
                 # Of stored features, the images they were computed from.
                 images = data.splits["train"][seen["index"].tolist()]
                 seen = {**data.transform(images, augment=True), "label": images["label"]}
-            p = data.preprocessing
+            p = data.inputs.preprocessing
             mean, std = (torch.tensor(value)[:, None, None] for value in (p.mean, p.std))
             pixels = (255 * (seen["input"] * std + mean)).round().clamp(0, 255).byte()
             captions = [[(line, "black") for line in lines] for lines in _labels(seen, data)]
@@ -222,7 +225,7 @@ def _show_test(board: TensorBoard, data: TransferDataModule, collected: Collect)
     _show(board, "test/calibration", pictures.calibration(p, ece), step)
     wrong = (p.prediction != p.label).nonzero()[:, 0]
     wrong = wrong[p.confidence[wrong].argsort(descending=True)][:MISTAKES]
-    if len(wrong):
+    if len(wrong) and isinstance(data.inputs, ImageInputs):
         captions: list[pictures.Caption] = []
         for i in wrong.tolist():
             taken_for = f"{data.classes[p.prediction[i]]} {100 * p.confidence[i]:.0f}%"
@@ -241,15 +244,14 @@ def _show_features(
         with torch.random.fork_rng(devices=[]):
             *_, axes = torch.pca_lowrank(features, min(DIMENSIONS, len(features)))
         features = (features - features.mean(0)) @ axes
-    sprites = [
-        F.interpolate(
-            data.splits["test"][part.tolist()]["input"].float(),
-            (SPRITE, SPRITE),
-            mode="bilinear",
-            antialias=True,
-        )
-        for part in collected.index.split(64)
-    ]
+    sprites = None
+    if isinstance(data.inputs, ImageInputs):
+        parts = (data.splits["test"][part.tolist()] for part in collected.index.split(64))
+        small = [
+            F.interpolate(part["input"].float(), (SPRITE,) * 2, mode="bilinear", antialias=True)
+            for part in parts
+        ]
+        sprites = torch.cat(small) / 255
     at = torch.searchsorted(p.index, collected.index)
     names = [visible(name) for name in data.classes]  # a tab would begin another column
     rows = [
@@ -259,7 +261,7 @@ def _show_features(
     board.experiment.add_embedding(
         features,
         rows,
-        torch.cat(sprites) / 255,
+        sprites,
         board.step_offset,
         "test",
         ["label", "prediction", "outcome"],

@@ -1,4 +1,4 @@
-"""Augmentation of a whole uint8 batch on its device.
+"""Images as inputs of a model: augmentation of a whole uint8 batch on its device.
 
 Training differs from evaluation by what `Augment` does; geometry and normalisation are the same
 code for both, so they cannot drift apart.
@@ -6,16 +6,23 @@ code for both, so they cannot drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graft.transforms.boxes import BOX_DRAWS, inside, random_boxes
 from graft.transforms.draws import CROP, ERASE, MOVE, uniform
+from graft.transforms.inputs import Inputs, Views, drawn_view, views_count
 from graft.transforms.mixing import mix
 from graft.transforms.prepare import Prepare
+from graft.transforms.preprocessing import Preprocessing
 
 ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # Zhong et al. 2017
 
@@ -117,3 +124,126 @@ def _shifted(size: int, fraction: float, u: Tensor) -> Tensor:
     shift = (u * (2 * limit + 1)).long() - limit
     position = torch.arange(size, device=u.device)[None] + shift[:, None]
     return (size - 1) - ((size - 1) - position.abs()).abs()
+
+
+class ImageInputs(Inputs):
+    """uint8 images (N, 3, H, W) -> normalised ones (N, 3, crop_size, crop_size).
+
+    Args:
+        preprocessing: the backbone's; `image_size`, `resize_size` override it.
+        image_size: side in px of the images the backbone gets. None takes the weights' own resize
+            and crop; a number resizes the whole image to it, without a crop.
+        resize_size: shorter side before the central crop, if other than `image_size`.
+        augment: of training images; stages may change it.
+        sample_transform: of single training images, in the workers; see `SampleTransformed`.
+    """
+
+    preprocessing: Preprocessing
+    prepare: Prepare
+    unit = "px"
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        *,
+        image_size: int | None = None,
+        resize_size: int | None = None,
+        augment: Augment | None = None,
+        sample_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.preprocessing = preprocessing.at(image_size, resize_size)
+        self.prepare = Prepare(self.preprocessing)
+        self.size = self.preprocessing.crop_size
+        self.augmentation = self.stage_augmentation = augment
+        self.sample_transform = sample_transform
+        self.views: Views = "none"
+
+    @property
+    def crops(self) -> bool:
+        """Whether training images are random crops, of what is stored of them."""
+        return self.stage_augmentation is not None and self.stage_augmentation.scale is not None
+
+    @property
+    def augments(self) -> bool:
+        return self.stage_augmentation is not None or self.sample_transform is not None
+
+    def of_stage(
+        self,
+        *,
+        augment: bool | Mapping[str, Any] = True,
+        size: int | None = None,
+        views: Views = "none",
+    ) -> Self:
+        stage = copy.copy(self)
+        stage.preprocessing = self.preprocessing.at(size)
+        stage.prepare = Prepare(stage.preprocessing)
+        stage.size = stage.preprocessing.crop_size
+        stage.views = views
+        if augment is False:
+            stage.sample_transform = None
+        if isinstance(augment, Mapping):
+            stage.stage_augmentation = replace(self.augmentation or Augment(), **augment)
+        elif not augment:
+            stage.stage_augmentation = None
+        return stage
+
+    def example(self, count: int) -> Tensor:
+        side = self.preprocessing.resize_size
+        return torch.zeros(count, 3, side, side, dtype=torch.uint8)
+
+    def describe(self) -> str:
+        p = self.preprocessing
+        crop = f" of {p.resize_size}" if p.resize_size != p.crop_size else ""
+        origin = p.origin or "with mean " + " ".join(f"{v:g}" for v in p.mean)
+        return f"{self.size} x {self.size} px{crop}, {p.interpolation}, normalised {origin}"
+
+    def to_store(self, sizes: Sequence[int]) -> Preprocessing:
+        # Stages with sizes of their own resize what is stored, so that is the largest.
+        forms = (self.preprocessing, *map(self.preprocessing.at, sizes))
+        return max(forms, key=lambda form: form.resize_size)
+
+    def augment(
+        self, batch: dict[str, Tensor], num_classes: int, *, seed: int, epoch: int
+    ) -> dict[str, Tensor]:
+        images, index = batch["input"], batch["index"]
+        if (count := views_count(self.views)) > 1:
+            view = drawn_view(count, index, seed=seed, epoch=epoch)
+            return {**batch, "input": self.viewed(images, index, view, self.views)}
+        if self.stage_augmentation is None:
+            return {**batch, "input": self.prepare(images)}
+        return self.stage_augmentation.batch(
+            batch, self.prepare, num_classes, seed=seed, epoch=epoch
+        )
+
+    def viewed(self, rows: Tensor, index: Tensor, view: Tensor, views: Views) -> Tensor:
+        if views == "flip":
+            rows = torch.where((view == 1)[:, None, None, None], rows.flip(3), rows)
+        elif isinstance(views, int) and self.augmentation is not None:
+            # Not mixed: a view is of one image.
+            augmentation = replace(self.augmentation, mixup=0.0, cutmix=0.0)
+            drawn = {"input": rows, "index": index * views + view}
+            return augmentation.batch(drawn, self.prepare, 0, seed=0, epoch=0)["input"]
+        return self.prepare(rows)
+
+    def key(self, views: Views) -> dict[str, Any]:
+        code = [sys.modules[part.__module__] for part in (Augment, Prepare, random_boxes, uniform)]
+        drawn = self.augmentation if isinstance(views, int) else None
+        return {"transform": self.preprocessing, "views": (views, drawn), "code": code}
+
+    def problem(self, rows: NDArray[Any]) -> str | None:
+        shape = rows.shape
+        if len(shape) != 4 or shape[1] != 3 or 0 in shape:
+            hint = ""
+            if len(shape) == 4 and shape[3] == 3:
+                hint = ": channels come first, images.transpose(0, 3, 1, 2)"
+            elif len(shape) == 3:
+                hint = ": repeat a grey channel, images[:, None].repeat(3, axis=1)"
+            elif len(shape) == 4 and shape[1] == 1:
+                hint = ": repeat a grey channel, images.repeat(3, axis=1)"
+            elif len(shape) == 4 and shape[1] > 3:
+                hint = ": choose three channels, images[:, :3]"
+            return f"images must be (N, 3, height, width) and not empty, not {shape}{hint}"
+        if rows.dtype != np.uint8:
+            hint = ": for 0..1, (images * 255).round().astype(np.uint8)" * (rows.dtype.kind == "f")
+            return f"images must be uint8 from 0 to 255, not {rows.dtype}{hint}"
+        return None

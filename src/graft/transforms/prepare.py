@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.transforms.boxes import box_matrices
 from graft.transforms.preprocessing import Interpolation, Preprocessing
@@ -16,7 +16,7 @@ CPU_CHUNK = 150_000  # px, input or output: a chunk stays in a core's cache, a b
 SMALL = 64  # px: up to here dense matrices beat `interpolate`, which skips their zeros, on a CPU
 
 
-class Prepare:
+class Prepare(nn.Module):
     """uint8 images to what the backbone expects: resize, central crop, normalise.
 
     The resize is torch's antialiased `interpolate` of bytes, which gives what Pillow gives to a
@@ -25,9 +25,10 @@ class Prepare:
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
         self.preprocessing = preprocessing
 
-    def __call__(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, 3, crop_size, crop_size) float32, channels last.
 
         Args:
