@@ -23,6 +23,7 @@ from graft.plan.grid import Grid
 from graft.plan.lora import LoRA
 from graft.plan.stage import Stage
 from graft.training.module import TransferModule
+from graft.transforms.images import ImageInputs
 
 
 def build(
@@ -49,6 +50,13 @@ def build(
     data = {key: value for key, value in config["data"].items() if key != "root"}
     source = make(data.pop("source"))
     own = {key: data.pop(key) for key in inputs_options(source) if key in data}
+    if not isinstance(backbone.preprocessing, source.inputs.takes):
+        raise ValueError(
+            f"{type(source).__name__} has rows for {source.inputs.__name__}, which this backbone "
+            "does not take: choose another backbone= or data="
+        )
+    if config["mirror"] and not issubclass(source.inputs, ImageInputs):
+        raise ValueError("mirror=true: these inputs are no images, and have no mirror image")
     inputs = source.inputs(backbone.preprocessing, **built(own))
     stages = config["transfer"]["stages"].values()
     datamodule = make(

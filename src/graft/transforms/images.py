@@ -138,6 +138,7 @@ class ImageInputs(Inputs):
         sample_transform: of single training images, in the workers; see `SampleTransformed`.
     """
 
+    takes = Preprocessing
     preprocessing: Preprocessing
     prepare: Prepare
     unit = "px"

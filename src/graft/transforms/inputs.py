@@ -22,12 +22,14 @@ class Inputs(ABC):
     of `data` that are of this modality.
 
     Attributes:
+        takes: the class of preprocessing that backbones for these inputs have.
         preprocessing: a dataclass of plain values, of which sources read how to store rows.
         prepare: rows -> inputs: a module, so that an exported model has it inside.
         size: of an input, in `unit`.
         sample_transform: what changes single training rows in the workers of the loader.
     """
 
+    takes: ClassVar[type]
     preprocessing: Any
     prepare: nn.Module
     size: int
