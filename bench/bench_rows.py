@@ -258,7 +258,7 @@ def extraction(bench: Bench) -> Iterator[Line]:
     first = data.splits["train"][list(range(min(512, len(found["ours"]))))]
     plain = get_model("squeezenet1_1", weights=WEIGHTS).features.eval()
     with torch.no_grad():  # the plain model on the same pixels: PIL rounds them to whole levels
-        expected = plain(data.prepare_images(first["image"]).contiguous()).mean((2, 3))
+        expected = plain(data.inputs.prepare(first["input"]).contiguous()).mean((2, 3))
     apart = float((found["ours"][: len(expected)] - expected).abs().max())
     through_pil = float((found["ours"] - found["theirs"]).abs().max())
     line = bench.compare(
@@ -325,7 +325,7 @@ def input_pipeline(bench: Bench) -> Iterator[Line]:
 
     def ours() -> None:
         for start in range(0, count, 256):
-            data.prepare_images(train[list(range(start, min(start + 256, count)))]["image"])
+            data.inputs.prepare(train[list(range(start, min(start + 256, count)))]["input"])
 
     def from_files() -> None:
         for start in range(0, count, 256):

@@ -13,7 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from graft.config.checks import POSITIVE_INT
+from graft.config.kinds import POSITIVE_INT
 from graft.config.overrides import require_values
 from graft.sweeps import processes, slurm
 from graft.sweeps.launch import SweepLauncher

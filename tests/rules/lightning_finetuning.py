@@ -27,7 +27,7 @@ class Classifier(L.LightningModule):
         self.backbone, self.head = backbone, head
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.head(self.backbone(batch["image"])), batch["label"])
+        return F.cross_entropy(self.head(self.backbone(batch["input"])), batch["label"])
 
     def configure_optimizers(self) -> Optimizer:
         return SGD(self.head.parameters(), lr=LR, momentum=0.9)

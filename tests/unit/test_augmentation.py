@@ -17,8 +17,9 @@ from graft.data.sample_transform import SampleTransformed
 from graft.training.build import build
 from graft.transforms.boxes import BOX_DRAWS, box_matrices, random_boxes
 from graft.transforms.draws import beta, uniform
-from graft.transforms.images import Augment, Prepare
+from graft.transforms.images import Augment
 from graft.transforms.mixing import mix
+from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Train, compose, same
 
@@ -42,7 +43,7 @@ def in_all(augment: Augment, batch: dict[str, Tensor], **draw: int) -> dict[str,
 
 def batch_of(n: int, size: int = 32) -> dict[str, Tensor]:
     index = torch.arange(n)
-    return {"image": images(n, size), "label": index % 5, "index": index + 40}
+    return {"input": images(n, size), "label": index % 5, "index": index + 40}
 
 
 # ---------------------------------------------------------------- random resized crop
@@ -88,8 +89,8 @@ def test_a_box_that_never_fits_falls_back_to_the_centre() -> None:
 # ---------------------------------------------------------------- erasing
 def test_erasing_paints_boxes_of_the_mean_colour_into_the_stated_share() -> None:
     augment = Augment(shift=0, flip=0, erase=0.25)
-    batch = {**batch_of(2000), "image": torch.full((2000, 3, 32, 32), 200, dtype=torch.uint8)}
-    erased = (in_all(augment, batch)["image"] == 0).all(1)
+    batch = {**batch_of(2000), "input": torch.full((2000, 3, 32, 32), 200, dtype=torch.uint8)}
+    erased = (in_all(augment, batch)["input"] == 0).all(1)
     areas = erased.float().mean((1, 2))
     hit = areas > 0
     assert abs(hit.float().mean().item() - 0.25) < 0.04
@@ -169,20 +170,20 @@ EVERYTHING: dict[str, Any] = {"scale": (0.2, 1.0), "erase": 0.5}
 @pytest.mark.parametrize("size", [32, 80])
 def test_crop_and_erasing_depend_on_seed_epoch_and_index_alone(size: int) -> None:
     augment, batch = Augment(**EVERYTHING), batch_of(40, size)
-    whole = in_all(augment, batch)["image"]
+    whole = in_all(augment, batch)["input"]
     assert whole.shape == (40, 3, 32, 32)
     order = torch.randperm(40)[:17]
-    part = in_all(augment, {key: value[order] for key, value in batch.items()})["image"]
+    part = in_all(augment, {key: value[order] for key, value in batch.items()})["input"]
     assert torch.allclose(part, whole[order], atol=1e-6)
     for other in ({"seed": 4}, {"epoch": 6}):
-        changed = (in_all(augment, batch, **other)["image"] - whole).abs().amax((1, 2, 3))
+        changed = (in_all(augment, batch, **other)["input"] - whole).abs().amax((1, 2, 3))
         assert (changed > 1e-3).float().mean() > 0.95
 
 
 def test_switching_one_on_leaves_the_draws_of_the_others() -> None:
     batch = batch_of(30)
-    plain = in_all(Augment(), batch)["image"]
-    erased = in_all(Augment(erase=0.5), batch)["image"]
+    plain = in_all(Augment(), batch)["input"]
+    erased = in_all(Augment(erase=0.5), batch)["input"]
     assert torch.equal(erased[erased != 0], plain[erased != 0])
 
 
@@ -204,7 +205,7 @@ def test_a_stage_trains_on_soft_labels(train_tiny: Train) -> None:
     logits, target = torch.tensor([[2.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.7, 0.3, 0.0, 0.0]])
     one.module.head = torch.nn.Identity()  # type: ignore[assignment]
     one.module.backbone.forward = lambda x: x  # type: ignore[assignment, method-assign]
-    batch = {"image": logits, "label": torch.tensor([0]), "target": target}
+    batch = {"input": logits, "label": torch.tensor([0]), "target": target}
     smooth = 0.9 * target + 0.1 / 4
     expected = -(smooth * logits.log_softmax(1)).sum()
     assert torch.allclose(one.module.loss(batch), expected)
@@ -237,18 +238,18 @@ def test_single_image_transforms_do_not_depend_on_workers_but_on_the_epoch() -> 
     torch.rand(3)
     parallel = epochs(2, *overrides)
     assert all(same(a, b) for a, b in zip(alone, parallel, strict=True))
-    changed = (alone[0]["image"] != alone[1]["image"]).flatten(1).any(1)
+    changed = (alone[0]["input"] != alone[1]["input"]).flatten(1).any(1)
     assert changed.float().mean() > 0.95
     assert not same(alone[0], epochs(0, *overrides, "seed=5")[0])
 
 
 def test_single_image_transforms_are_for_training_stages_that_augment() -> None:
     _, datamodule = build(compose(*TINY, ROTATED))
-    stored = datamodule.splits["val"][list(range(4))]["image"]
-    assert torch.equal(next(iter(datamodule.loader("val", train=False)))["image"][:4], stored)
+    stored = datamodule.splits["val"][list(range(4))]["input"]
+    assert torch.equal(next(iter(datamodule.loader("val", train=False)))["input"][:4], stored)
     datamodule.start_stage(0, augment=False)
     batch = next(iter(datamodule.loader("train", train=True)))
-    assert torch.equal(batch["image"], datamodule.splits["train"][batch["index"].tolist()]["image"])
+    assert torch.equal(batch["input"], datamodule.splits["train"][batch["index"].tolist()]["input"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from graft.transforms.draws import uniform
-from graft.transforms.images import Augment, Prepare
+from graft.transforms.images import Augment
+from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import Preprocessing
 
 

@@ -16,6 +16,7 @@ from graft.data.sources.base import Split
 from graft.data.sources.synthetic import Synthetic
 from graft.evaluation.corruptions import CorruptedImages
 from graft.transforms.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from graft.transforms.images import ImageInputs
 from graft.transforms.preprocessing import Preprocessing
 
 
@@ -132,7 +133,7 @@ def test_a_corrupted_subset_holds_the_images_of_the_whole_set() -> None:
     split = Split(photographs().numpy(), np.arange(6))
     whole = CorruptedImages(ImageDataset(split), "gaussian_noise", 2)[[4, 5]]
     part = CorruptedImages(ImageDataset(split, np.array([1, 4, 5])), "gaussian_noise", 2)[[1, 2]]
-    assert torch.equal(whole["image"], part["image"])
+    assert torch.equal(whole["input"], part["input"])
     assert part["label"].tolist() == [4, 5]
     assert part["index"].tolist() == [1, 2]
 
@@ -140,7 +141,7 @@ def test_a_corrupted_subset_holds_the_images_of_the_whole_set() -> None:
 def test_nothing_of_the_old_test_split_outlives_its_replacement() -> None:
     """Its digest names stored features; a copy on a GPU would be tested in place of the new one."""
     data = TransferDataModule(
-        Synthetic(classes=2, per_class=9), Preprocessing(32, 32), batch_size=2
+        Synthetic(classes=2, per_class=9), ImageInputs(Preprocessing(32, 32)), batch_size=2
     )
     data.setup()
     before = data.digest("test"), data.digest("val")
@@ -148,4 +149,4 @@ def test_nothing_of_the_old_test_split_outlives_its_replacement() -> None:
     assert data.digest("test") != before[0]
     assert data.digest("val") == before[1]
     (batch,) = data.loader("test", train=False)
-    assert len(batch["image"]) == 6
+    assert len(batch["input"]) == 6

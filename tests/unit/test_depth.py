@@ -425,7 +425,7 @@ def test_a_store_that_is_cut_while_in_use_is_an_error(tmp_path: Path, cache: Pat
 
     splits = read(ImageFolder(class_folders(tmp_path / "d"), cache))
     dataset = ImageDataset(splits.train)
-    assert dataset[[0, 5]]["image"].shape == (2, 3, 24, 24)
+    assert dataset[[0, 5]]["input"].shape == (2, 3, 24, 24)
     [stored] = cache.glob("*/train-images.npy")
     with stored.open("r+b") as file:
         file.truncate(4000)

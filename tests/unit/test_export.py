@@ -32,7 +32,7 @@ from graft.runs.folder import RunFolder
 from graft.runs.startup import quiet_libraries
 from graft.runs.train import train
 from graft.training.build import build_backbone, build_module
-from graft.transforms.images import SMALL, Prepare
+from graft.transforms.prepare import SMALL, Prepare
 from graft.transforms.preprocessing import CropMode, Interpolation, Preprocessing
 from tests.conftest import TINY, Graft, Train, compose
 from tests.unit.test_disk import full

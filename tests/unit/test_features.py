@@ -253,7 +253,7 @@ def test_the_record_of_a_source_stands_for_the_pixels(
     image_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the same rows, files and decoding, without a look at them."""
-    monkeypatch.delattr("graft.data.datasets.images_digest")
+    monkeypatch.delattr("graft.data.datasets.rows_digest")
 
     def digest(rows: range = range(9), **arguments: Any) -> str:
         source, form = ImageFolder(image_folders, tmp_path, **arguments), Preprocessing(32, 32)

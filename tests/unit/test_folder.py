@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from graft.data.datamodule import TransferDataModule
+from graft.data.notes import notes
 from graft.data.sources.folder import ImageFolder
-from graft.transforms.images import Augment
+from graft.transforms.images import Augment, ImageInputs
 from graft.transforms.preprocessing import Preprocessing
 from tests.unit.source_files import (
     BLUE,
@@ -141,11 +142,11 @@ def test_crops_that_cannot_leave_the_central_square_are_said(
         Image.new("RGB", size).save(root / "train" / "cat" / f"{name}.png")
     scale = None if isinstance(augment, dict) else [0.2, 1]
     data = TransferDataModule(
-        ImageFolder(root, cache), Preprocessing(24, 24), augment=Augment(scale=scale)
+        ImageFolder(root, cache), ImageInputs(Preprocessing(24, 24), augment=Augment(scale=scale))
     )
     data.prepare_data()
     data.setup()
-    said = [note for note in data.notes(steps=False, augments=[augment]) if "crops" in note]
+    said = [note for note in notes(data, steps=False, augments=[augment]) if "crops" in note]
     assert said == (augment is not False) * [
         "data.augment.scale crops from the central square of an image: of 1 that are longer one "
         "way the ends are never seen"

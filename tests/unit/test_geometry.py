@@ -27,8 +27,9 @@ from graft.data.sources.decode import decode
 from graft.data.sources.folder import EvalFolder, ImageFolder
 from graft.models.timm import timm_backbone
 from graft.models.torchvision import torchvision_backbone
-from graft.transforms import images
-from graft.transforms.images import Prepare
+from graft.transforms import prepare
+from graft.transforms.images import ImageInputs
+from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import Preprocessing
 from tests.unit.source_files import save
 
@@ -60,7 +61,7 @@ def class_folders(root: Path, sizes: tuple[tuple[int, int], ...]) -> Path:
 
 def given_to_the_network(source: Source, p: Preprocessing, **options: Any) -> Tensor:
     """The test images, as a run prepares them."""
-    data = TransferDataModule(source, p, batch_size=1, **options)
+    data = TransferDataModule(source, ImageInputs(p, **options), batch_size=1)
     data.prepare_data()
     data.setup()
     rows = torch.arange(len(data.splits["test"])).numpy()
@@ -188,7 +189,7 @@ def test_large_jpegs_are_read_whole(tmp_path: Path) -> None:
 def test_the_matrix_products_of_gpus_are_pillows_resize_too(
     interpolation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "_as_bytes", lambda images, mode: False)
+    monkeypatch.setattr(prepare, "_as_bytes", lambda images, mode: False)
     p = Preprocessing(73, 64, interpolation=interpolation)  # type: ignore[arg-type]
     for size in ((32, 32), (90, 120), (200, 131)):
         image = photo(size, 0)

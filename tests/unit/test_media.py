@@ -118,7 +118,7 @@ def test_inputs_are_the_training_images_as_the_network_gets_them(
     monkeypatch.setattr(pictures, "tiles", tiles)
     train_tiny("logger=default", "data.augment=null", f"transfer={transfer}")
     _, data = build(compose(*TINY))
-    known = {image.numpy().tobytes() for image in data.splits["train"][list(range(40))]["image"]}
+    known = {image.numpy().tobytes() for image in data.splits["train"][list(range(40))]["input"]}
     assert len(drawn[0]) >= 8
     assert {image.numpy().tobytes() for image in drawn[0]} <= known
 

@@ -6,8 +6,11 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from graft.config.resolved import CONFIGS
+from graft.config.stage import StageOptions
 from graft.models.heads import LinearHead
 from graft.models.resnet_cifar import resnet_cifar
 from graft.plan.lora import LoRA, LowRank, add_adapters, merge_adapters
@@ -15,6 +18,7 @@ from graft.tasks.classification import Classification
 from graft.training.build import build, build_stages, check_optimizers
 from graft.training.ema import EMA
 from graft.training.module import TransferModule
+from graft.transforms.images import ImageInputs
 from tests.conftest import TINY, Train, compose, same
 
 STAGE = "transfer.stages.finetune"
@@ -218,15 +222,16 @@ def test_stages_have_their_own_image_size_and_augmentation() -> None:
     _, data = build(config)
     index = torch.arange(6)
     images = torch.as_tensor(data.splits["train"].images[:6])
-    batch = {"image": images, "index": index, "label": index % 4}
+    batch = {"input": images, "index": index, "label": index % 4}
     for i, (stage, size) in enumerate(zip(build_stages(config), (24, 40), strict=True)):
         data.start_stage(i, augment=stage.augment, image_size=stage.image_size)
         for augment in (True, False):
-            assert data.transform(batch, augment=augment)["image"].shape[-2:] == (size, size)
+            assert data.transform(batch, augment=augment)["input"].shape[-2:] == (size, size)
         assert ("target" in data.transform(batch, augment=True)) is (i == 1)
     data.start_stage(0)
-    assert data.preprocessing.crop_size == 24
-    assert data.stage_augment == data.augment
+    assert data.inputs.size == 24
+    assert isinstance(data.inputs, ImageInputs)
+    assert data.inputs.stage_augmentation == data.inputs.augmentation
 
 
 def test_images_are_kept_large_enough_for_every_stage() -> None:
@@ -300,3 +305,10 @@ def test_what_contradicts_itself_is_said_before_anything_starts(
 def test_adapters_need_a_weight_to_sit_on() -> None:
     with pytest.raises(ValueError, match="lora: no linear layer or convolution in norms"):
         module_of("transfer=lora", f"{STAGE}.trainable=norms", f"{STAGE}.norm=train")
+
+
+def test_a_stage_s_defaults_are_those_that_users_read() -> None:
+    base = OmegaConf.load(CONFIGS / "stage" / "base.yaml")
+    written = OmegaConf.to_container(OmegaConf.merge(base, {"epochs": 1}))
+    of_the_run = dict.fromkeys(("lr", "weight_decay", "optimizer", "scheduler"))
+    assert {**of_the_run, **vars(StageOptions(epochs=1))} == written

@@ -23,7 +23,7 @@ from PIL import Image
 from pyarrow import parquet  # type: ignore[import-untyped]
 
 from graft.data.sources.decode import Reading
-from graft.deploy.artefact import KEY
+from graft.deploy.files import KEY
 from graft.deploy.listing import Paths
 from graft.deploy.predict import Given, Row, predict
 from graft.deploy.screen import Screen

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from graft.data.datasets import Batch
 from graft.data.items import SplitRecord
 from graft.data.sources.base import Source, Split, Splits
-from graft.models.backbone import Backbone
 from graft.models.resnet_cifar import resnet_cifar
 from graft.runs.folder import RunFolder
 from graft.runs.startup import quiet_libraries
@@ -38,10 +37,10 @@ class Denoising(Task):
         return self.decoder(maps), wanted
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
-        return F.mse_loss(*self.restored(model, batch["image"]))
+        return F.mse_loss(*self.restored(model, batch["input"]))
 
     def evaluate(self, model: Model, batch: Batch, tally: Tally) -> Tensor:
-        restored, wanted = self.restored(model, batch["image"])
+        restored, wanted = self.restored(model, batch["input"])
         tally.add(loss=F.mse_loss(restored, wanted).double() * len(wanted), images=len(wanted))
         return restored
 
@@ -61,7 +60,7 @@ class TwoStreams(Classification):
 
     def loss(self, model: Model, batch: Any) -> Tensor:
         self.seen.append(batch)
-        features = [model.backbone(batch[name]["image"]).mean(0) for name in self.streams]
+        features = [model.backbone(batch[name]["input"]).mean(0) for name in self.streams]
         return super().loss(model, batch["train"]) + F.mse_loss(*features)
 
 
@@ -147,52 +146,6 @@ def test_a_stream_that_the_data_does_not_have(tmp_path: Path) -> None:
     config["task"] = {"_target_": f"{__name__}.TwoStreams", **TWO_STREAMS}
     with pytest.raises(ValueError, match="trains on 'target', which this data does not have"):
         train(config, None)
-
-
-class Embed(nn.Module):
-    """Token ids to embeddings, with the mask that tells padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(10, 6)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        ids = ids.flatten(1).long()
-        return self.table(ids), ids > 0
-
-
-class Mix(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens, mask = state
-        return tokens + self.linear(tokens), mask
-
-
-class Pool(nn.Module):
-    def forward(self, state: tuple[Tensor, Tensor]) -> Tensor:
-        tokens, mask = state
-        weights = mask[..., None].float()
-        return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
-
-
-def text() -> Backbone:
-    return Backbone({"embed": Embed(), "mix": Mix(), "pool": Pool()}, Preprocessing(4, 4))
-
-
-def test_blocks_may_pass_tuples_on() -> None:
-    """Padding, token 0, changes no feature (rule 24)."""
-    backbone = text()
-    assert backbone.passes_tuples
-    assert backbone.num_features == 6
-    short = torch.tensor([[3, 4, 5]])
-    padded = F.pad(short, (0, 4))
-    assert torch.allclose(backbone(short), backbone(padded), atol=1e-6)
-    assert backbone.maps(short).shape == (1, 3, 6)
-    assert torch.equal(backbone.forward_from(1, backbone.blocks[0](short)), backbone(short))
-    assert not resnet_cifar(depth=8, width=4, weights=None).passes_tuples
 
 
 @pytest.mark.parametrize("size", [32, 64])

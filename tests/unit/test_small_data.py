@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from graft.data.datamodule import TransferDataModule, batch_size_for
-from graft.data.order import BatchOrder
+from graft.data.datamodule import TransferDataModule
+from graft.data.notes import notes
+from graft.data.order import BatchOrder, batch_size_for
 from graft.data.sources.base import Source, Split, Splits
 from graft.training.build import processes
+from graft.transforms.images import ImageInputs
 from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import compose
 from tests.unit.source_files import px
@@ -31,7 +33,7 @@ class Own(Source):
 
 
 def set_up(loaded: Splits, **options: Any) -> TransferDataModule:
-    data = TransferDataModule(Own(loaded), px(4), **options)
+    data = TransferDataModule(Own(loaded), ImageInputs(px(4)), **options)
     data.setup()
     return data
 
@@ -144,14 +146,15 @@ def test_few_steps_are_said(options: dict[str, Any], expected: list[str]) -> Non
     loaded = replace(source_of(100, 71), val=GOOD, test=GOOD, classes=["a", "b", "c"])
     data = set_up(loaded, **options)
     absent = "no training images of 1 of 3 classes: c"
-    assert list(data.notes(steps=True)) == [absent, *expected]
-    assert list(data.notes(steps=False)) == [absent]
+    assert list(notes(data, steps=True)) == [absent, *expected]
+    assert list(notes(data, steps=False)) == [absent]
 
 
 def test_the_default_batch_is_of_one_process_of_several() -> None:
     """60 images on 8 devices: batches of 8 would be 64 images at once."""
     data = TransferDataModule(
-        Own(replace(source_of(30, 30), val=GOOD, test=GOOD, classes=["a", "b", "c"])), px(4)
+        Own(replace(source_of(30, 30), val=GOOD, test=GOOD, classes=["a", "b", "c"])),
+        ImageInputs(px(4)),
     )
     data.processes = 8
     data.setup()

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from graft.config.stage import NormPolicy
 from graft.models.backbone import Backbone
 from graft.models.resnet_cifar import resnet_cifar
 from graft.plan.freeze import (
-    NormPolicy,
     batch_norms,
     freeze_for_stage,
     learning_parameters,

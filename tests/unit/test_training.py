@@ -202,11 +202,11 @@ def test_epochs_of_a_number_of_images_repeat_a_subset_with_fresh_augmentation(
     datamodule = data("data.shots_per_class=2", "data.epoch_images=40", "data.augment.flip=0")
     few = datamodule.splits["train"]
     batch, again = few[[3, 11]], few[[11]]
-    assert torch.equal(batch["image"][0], batch["image"][1])
+    assert torch.equal(batch["input"][0], batch["input"][1])
     assert batch["label"][0] == batch["label"][1]
-    augmented = datamodule.transform(dict(batch), augment=True)["image"]
+    augmented = datamodule.transform(dict(batch), augment=True)["input"]
     assert not torch.equal(augmented[0], augmented[1])
-    assert torch.equal(augmented[1], datamodule.transform(dict(again), augment=True)["image"][0])
+    assert torch.equal(augmented[1], datamodule.transform(dict(again), augment=True)["input"][0])
     run = train_tiny(
         "transfer=linear_probe", f"transfer.stages.probe.cache={stored}", "data.shots_per_class=2",
         "data.epoch_images=40", "trainer.max_epochs=3",
@@ -242,12 +242,12 @@ def test_training_validation_and_test_see_the_same_normalisation_and_geometry() 
         trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
         setattr(trainer, phase, True)
         datamodule.trainer = trainer
-        results.append(datamodule.on_after_batch_transfer(dict(batch), 0)["image"])
+        results.append(datamodule.on_after_batch_transfer(dict(batch), 0)["input"])
     assert results[0].shape == (2, 3, 24, 24)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    p = datamodule.preprocessing
-    white = datamodule.prepare_images(torch.full((1, 3, 24, 24), 255, dtype=torch.uint8))
+    p = datamodule.inputs.preprocessing
+    white = datamodule.inputs.prepare(torch.full((1, 3, 24, 24), 255, dtype=torch.uint8))
     expected = [(1 - m) / s for m, s in zip(p.mean, p.std, strict=True)]
     assert white.mean((0, 2, 3)).tolist() == pytest.approx(expected, rel=1e-4)
 
@@ -263,7 +263,7 @@ def test_each_epoch_of_a_fit_is_augmented_anew() -> None:
     epochs: Any = trainer.fit_loop.epoch_progress.current
     for epoch in (0, 1, 0):
         epochs.processed = epoch
-        drawn.append(datamodule.on_after_batch_transfer(dict(batch), 0)["image"])
+        drawn.append(datamodule.on_after_batch_transfer(dict(batch), 0)["input"])
     assert not torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
 

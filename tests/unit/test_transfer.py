@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from graft.config.stage import NormPolicy
 from graft.models.backbone import Backbone
 from graft.models.heads import LinearHead
 from graft.models.resnet_cifar import resnet_cifar
 from graft.models.torchvision import torchvision_backbone
 from graft.plan import schedules
 from graft.plan.freeze import (
-    NormPolicy,
     batch_norms,
     freeze_for_stage,
     learning_parameters,

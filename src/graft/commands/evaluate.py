@@ -11,8 +11,8 @@ from pathlib import Path
 from graft.commands import Parser
 from graft.config.overrides import config_dir
 from graft.config.resolved import explain
-from graft.runs.evaluate import Settings, evaluate
 from graft.runs.allowed import add_trust
+from graft.runs.evaluate import Settings, evaluate
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -19,8 +19,8 @@ def bind(config: dict[str, Any], **keywords: Any) -> Callable[..., Any]:
     """
     if unknown := [key for key in config if re.fullmatch("_.*_", key) and key not in KEYS]:
         raise ValueError(f"{config['_target_']}: {unknown[0]} is not supported")
-    arguments = {key: _built(value) for key, value in config.items() if key not in KEYS}
-    positional = _built(config.get("_args_", []))
+    arguments = {key: built(value) for key, value in config.items() if key not in KEYS}
+    positional = built(config.get("_args_", []))
     return partial(find(config["_target_"]), *positional, **arguments, **keywords)
 
 
@@ -47,11 +47,11 @@ def make(config: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
     return bind(config, **keywords)(*arguments)
 
 
-def _built(value: Any) -> Any:
+def built(value: Any) -> Any:
     if isinstance(value, list):
-        return [_built(item) for item in value]
+        return [built(item) for item in value]
     if not isinstance(value, dict):
         return value
     if "_target_" not in value:
-        return {key: _built(item) for key, item in value.items()}
+        return {key: built(item) for key, item in value.items()}
     return bind(value) if value.get("_partial_") else make(value)

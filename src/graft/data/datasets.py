@@ -12,22 +12,14 @@ from torch.utils.data import Dataset
 
 from graft.data.order import Positions
 from graft.data.sources.base import Split
-from graft.storage.digests import images_digest
+from graft.storage.digests import rows_digest
 from graft.storage.npy import rows_of
 from graft.storage.stored import StoredFeatures
-from graft.transforms.draws import VIEW, uniform
+from graft.transforms.inputs import drawn_view
 
 Batch = dict[str, Tensor]
-
-
-def views_count(views: str | int) -> int:
-    """Of each image: "none" (1), "flip" (2: the image, its mirror image) or a number."""
-    return {"none": 1, "flip": 2}.get(str(views)) or int(views)
-
-
-def drawn_view(count: int, index: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """(N,) which view of each image an epoch trains on."""
-    return (uniform(seed, epoch, index, 1, first=VIEW)[:, 0] * count).long()
+"""With "index", "label", and "input" (rows, or what `Inputs.prepare` makes of them, which may be a
+tuple of tensors) or "features"; "target" has soft labels, or several numbers for each example."""
 
 
 class ImageDataset(Dataset[Batch]):
@@ -52,14 +44,14 @@ class ImageDataset(Dataset[Batch]):
         """
         split = self.split
         if split.digests is None or split.decoding is None:
-            return images_digest(self.images, self.rows)
+            return rows_digest(self.images, self.rows)
         how = f"{split.decoding} {self.images.shape[1:]}".encode()
         return hashlib.sha256(how + split.digests[self.rows].tobytes()).hexdigest()
 
     def __getitem__(self, positions: Positions) -> Batch:
         at = np.asarray(positions) % len(self)
         batch = {
-            "image": torch.from_numpy(np.asarray(rows_of(self.images, self.rows[at]))),
+            "input": torch.from_numpy(np.asarray(rows_of(self.images, self.rows[at]))),
             "label": torch.from_numpy(self.labels[at]),
             "index": torch.as_tensor(positions),
         }

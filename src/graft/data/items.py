@@ -29,7 +29,7 @@ class Items:
         origin: the split of the source that they come from.
         names: paths below the source's root, or positions.
         digests: `content_digest` of each.
-        side: of the images as they are stored, (height, width).
+        side: (height, width) of images as they are stored, the shape of other rows.
     """
 
     origin: str
@@ -56,7 +56,7 @@ class SplitRecord:
         for name, dataset in chosen.items():
             origin = next(o for o, split in loaded.named().items() if split is dataset.split)
             names, digests = _identity(dataset.split, dataset.rows)
-            side = dataset.images.shape[2:]
+            side = _side(dataset.split)
             splits[name] = Items(origin, names, digests, dataset.labels, side)
         return cls(loaded.classes, splits)
 
@@ -118,8 +118,8 @@ class SplitRecord:
             splits[name].labels = items.labels[kept]  # as the run counts its classes
             if text := _told(items, gone):
                 changes[name] = f"of {len(items):,} {name} images, {text}"
-            elif split.images.shape[2:] != items.side:
-                now, before = ("x".join(map(str, s)) for s in (split.images.shape[2:], items.side))
+            elif _side(split) != items.side:
+                now, before = ("x".join(map(str, s)) for s in (_side(split), items.side))
                 changes[name] = f"{name} images are stored at {now} now, at {before} before"
         return splits, changes
 
@@ -127,6 +127,11 @@ class SplitRecord:
         """How many of other images have the content of one that the run was trained on."""
         _, digests = _identity(dataset.split, dataset.rows)
         return int(np.isin(digests, self.splits["train"].digests).sum())
+
+
+def _side(split: Split) -> tuple[int, ...]:
+    shape = split.images.shape
+    return shape[2:] if len(shape) == 4 else shape[1:]
 
 
 def _identity(

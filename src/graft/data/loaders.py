@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -64,6 +65,19 @@ def whole_batches(
         generator=torch.Generator(),  # iterating must not consume the global RNG
         worker_init_fn=_leave_process_group,
     )
+
+
+def epoch_and_first_batch(trainer: L.Trainer | None) -> tuple[int, int]:
+    """The epoch, and the batch it goes on with: 0, unless it was interrupted.
+
+    From the counters of Lightning's loops, which checkpoints restore; `trainer.current_epoch`
+    lags behind while it starts.
+    """
+    if trainer is None:
+        return 0, 0
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return epochs.processed, batches.processed if epochs.ready > epochs.processed else 0
 
 
 def identity(batch: Batch) -> Batch:

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 Positions = NDArray[np.int64] | list[int]
+FEW_STEPS = 8
+"""Below that many steps an epoch is too short to train on, and a note says so."""
 
 
 class BatchOrder(Sampler[NDArray[np.int64]]):
@@ -113,3 +115,11 @@ def balanced(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.
         again = [rng.permutation(members) + k * len(labels) for k in rounds]
         drawn.append(np.concatenate([*again, members[:0]])[:wanted])
     return rng.permutation(np.concatenate(drawn))
+
+
+def batch_size_for(images: int) -> int:
+    """128, or the power of two down to 8 that gives an epoch of so many images enough steps.
+
+    In a handful of steps the running statistics of BatchNorm do not follow the weights.
+    """
+    return next((size for size in (128, 64, 32, 16) if size * FEW_STEPS <= images), min(8, images))

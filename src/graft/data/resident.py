@@ -1,4 +1,4 @@
-"""Images that live on the GPU: no worker, no copy per batch, one indexing kernel."""
+"""Rows that live on the GPU: no worker, no copy per batch, one indexing kernel."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from graft.data.datasets import Batch, ImageDataset
     from graft.data.order import Positions
 
-CHUNK = 4096  # images on their way to the device
+CHUNK = 4096  # rows on their way to the device
 
 
 class ResidentDataset(Dataset["Batch"]):
     """A copy of an `ImageDataset`'s rows on `device`; its batches are made there."""
 
     def __init__(self, dataset: ImageDataset, device: torch.device) -> None:
-        shape = (len(dataset), *dataset.images.shape[1:])
-        self.images = torch.empty(shape, dtype=torch.uint8, device=device)
+        first = dataset[[0]]["input"]
+        self.rows = torch.empty((len(dataset), *first.shape[1:]), dtype=first.dtype, device=device)
         for start in range(0, len(dataset), CHUNK):
             positions = list(range(start, min(start + CHUNK, len(dataset))))
-            self.images[start : start + CHUNK] = dataset[positions]["image"].to(device)
+            self.rows[start : start + CHUNK] = dataset[positions]["input"].to(device)
         self.labels = torch.from_numpy(dataset.labels).to(device)
         targets = dataset.targets
         self.targets = None if targets is None else torch.from_numpy(targets).to(device)
@@ -35,14 +35,14 @@ class ResidentDataset(Dataset["Batch"]):
     def __getitem__(self, positions: Positions) -> Batch:
         index = torch.tensor(positions, device=self.labels.device)
         at = index % len(self)
-        batch = {"image": self.images[at], "label": self.labels[at], "index": index}
+        batch = {"input": self.rows[at], "label": self.labels[at], "index": index}
         if self.targets is not None:
             batch["target"] = self.targets[at]
         return batch
 
 
 def fits_on_gpu(mode: str, dataset: ImageDataset, device: torch.device) -> bool:
-    """Whether a split's images should live on `device`.
+    """Whether a split's rows should live on `device`.
 
     Args:
         mode: "auto": on a CUDA device, where they take at most `DEVICE_SHARE` of its free memory;

@@ -45,12 +45,12 @@ class SampleTransformed(Dataset["Batch"]):
         state = torch.get_rng_state()
         try:
             images = []
-            for image, index in zip(batch["image"], batch["index"].tolist(), strict=True):
+            for image, index in zip(batch["input"], batch["index"].tolist(), strict=True):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
                 images.append(self.transform(image))
         finally:
             torch.set_rng_state(state)
-        return {**batch, "image": _stack(images)}
+        return {**batch, "input": _stack(images)}
 
 
 def _stack(images: list[Tensor]) -> Tensor:

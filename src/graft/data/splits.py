@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from graft.data.datasets import ImageDataset
 from graft.data.sources.base import Split, Splits
 from graft.data.subset import shots_per_class as draw_shots
 from graft.data.subset import stratified_fraction, stratified_split
+from graft.transforms.inputs import Inputs
 
 
 def draw_splits(
@@ -26,6 +29,8 @@ def draw_splits(
 
     The arguments are those of `TransferDataModule`; `seed` is its `split_seed`.
     """
+    if train_fraction != 1.0 and shots_per_class is not None:
+        raise ValueError("data.train_fraction and data.shots_per_class exclude each other")
     labels = loaded.train.labels
     keep = np.arange(len(labels))
     held_out: dict[str, ImageDataset] = {}
@@ -66,16 +71,37 @@ def draw_splits(
 def _below(least: int, labels: np.ndarray, classes: list[str]) -> str:
     """The class with the fewest images, where that is less than `least`; "" where none is."""
     present, counts = np.unique(labels, return_counts=True)
-    few = np.flatnonzero(counts < least)
-    if not len(few):
+    short = np.flatnonzero(counts < least)
+    if not len(short):
         return ""
-    first = few[np.argmin(counts[few])]
-    more = f" ({len(few) - 1} more classes have too few)" if len(few) > 1 else ""
+    first = short[np.argmin(counts[short])]
+    more = f" ({len(short) - 1} more classes have too few)" if len(short) > 1 else ""
     return f"class {classes[present[first]]} has {plural(int(counts[first]), 'image')}{more}"
 
 
-def check_splits(loaded: Splits, source: str) -> None:
-    """That a source has loaded what a `Splits` holds. Pixels are not read: they may be on disk.
+def renumbered(dataset: ImageDataset, own: Sequence[str], names: Sequence[str]) -> ImageDataset:
+    """The same with labels that count the classes `names` in place of its `own`.
+
+    Raises:
+        ValueError: a class is not among `names`.
+    """
+    if unknown := [name for name in own if name not in names]:
+        raise ValueError(
+            f"the data has classes that the run does not know: {few(unknown)}; it knows "
+            f"{few(names)}"
+        )
+    dataset = copy.copy(dataset)
+    dataset.labels = np.array([names.index(name) for name in own])[dataset.labels]
+    return dataset
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_splits(loaded: Splits, source: str, inputs: Inputs) -> None:
+    """That a source has loaded what a `Splits` holds, of rows that `inputs` takes.
 
     Raises:
         ValueError: it has not; it names the source, the split and what to do.
@@ -86,36 +112,17 @@ def check_splits(loaded: Splits, source: str) -> None:
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
         raise ValueError(f"{source}: two classes have the name {twice[0]}: each needs its own")
     for name, split in loaded.named().items():
-        if problem := _problem(split, classes, unknown=name in loaded.more):
+        if problem := _problem(split, classes, inputs, unknown=name in loaded.more):
             raise ValueError(f"{source}, {name} split: {problem}")
 
 
-def _problem(split: Split, classes: list[str], *, unknown: bool) -> str | None:
+def _problem(split: Split, classes: list[str], inputs: Inputs, *, unknown: bool) -> str | None:
     """unknown: whether labels may be -1."""
     for what in ("images", "labels"):
         array: Any = getattr(split, what)
         if not isinstance(array, np.ndarray):
             return f"{what} must be a numpy array, not {type(array).__name__}"
-    return _image_problem(split.images) or _label_problem(split, classes, -1 if unknown else 0)
-
-
-def _image_problem(images: np.ndarray) -> str | None:
-    shape = images.shape
-    if len(shape) != 4 or shape[1] != 3 or 0 in shape:
-        hint = ""
-        if len(shape) == 4 and shape[3] == 3:
-            hint = ": channels come first, images.transpose(0, 3, 1, 2)"
-        elif len(shape) == 3:
-            hint = ": repeat a grey channel, images[:, None].repeat(3, axis=1)"
-        elif len(shape) == 4 and shape[1] == 1:
-            hint = ": repeat a grey channel, images.repeat(3, axis=1)"
-        elif len(shape) == 4 and shape[1] > 3:
-            hint = ": choose three channels, images[:, :3]"
-        return f"images must be (N, 3, height, width) and not empty, not {shape}{hint}"
-    if images.dtype != np.uint8:
-        hint = ": for 0..1, (images * 255).round().astype(np.uint8)" * (images.dtype.kind == "f")
-        return f"images must be uint8 from 0 to 255, not {images.dtype}{hint}"
-    return None
+    return inputs.problem(split.images) or _label_problem(split, classes, -1 if unknown else 0)
 
 
 def _label_problem(split: Split, classes: list[str], lowest: int) -> str | None:

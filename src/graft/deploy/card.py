@@ -145,7 +145,7 @@ def _of_images(run: Path, p: Predictions, facts: Facts) -> dict[str, tuple[Image
         ("mistakes.png", pictures.surest_mistakes(p, SHOWN), "The mistakes it is surest of"),
     ):
         if len(at):
-            images = split[p.index[at].tolist()]["image"]
+            images = split[p.index[at].tolist()]["input"]
             drawn[name] = (pictures.predicted(images, p, at, facts.model.classes), text)
     return drawn
 

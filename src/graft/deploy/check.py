@@ -104,7 +104,7 @@ def some(dataset: ImageDataset, count: int) -> tuple[NDArray[np.uint8], NDArray[
     if count < len(dataset):
         at = stratified_fraction(dataset.labels, count / len(dataset), 0)
     true = dataset.labels if dataset.targets is None else dataset.targets
-    return dataset[at]["image"].numpy(), true[at]
+    return dataset[at]["input"].numpy(), true[at]
 
 
 def score(outputs: NDArray[np.float32], true: NDArray[Any], spec: Spec) -> tuple[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.deploy.model import Deployed
 from graft.transforms.boxes import kernel
-from graft.transforms.images import SMALL
+from graft.transforms.prepare import SMALL
 from graft.transforms.preprocessing import Interpolation, Preprocessing
 
 

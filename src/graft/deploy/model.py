@@ -22,7 +22,7 @@ from graft.runs.open import checkpoint_path, read_checkpoint, read_run
 from graft.storage.run_json import read_record
 from graft.tasks.base import Task
 from graft.training.build import build_backbone, build_module
-from graft.transforms.images import Prepare
+from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import stored_form
 
 

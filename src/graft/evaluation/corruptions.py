@@ -20,4 +20,4 @@ class CorruptedImages(ImageDataset):
     def __getitem__(self, positions: Positions) -> Batch:
         batch = super().__getitem__(positions)
         index = torch.from_numpy(self.rows[positions])
-        return {**batch, "image": corrupt(batch["image"], index, self.name, self.severity)}
+        return {**batch, "input": corrupt(batch["input"], index, self.name, self.severity)}

@@ -133,12 +133,12 @@ class Evaluator:
         with nullcontext() if self.continual else kept(module):
             model: Any = module
             if self.adapt == "adabn":
-                estimate_statistics(module.backbone, [batch["image"] for batch in batches()])
+                estimate_statistics(module.backbone, [batch["input"] for batch in batches()])
             else:
                 model = self.tent = (self.tent if self.continual else None) or Tent(module)
             with torch.no_grad():
                 found = [
-                    Predictions.of(model(batch["image"]), batch["label"], batch["index"])
+                    Predictions.of(model(batch["input"]), batch["label"], batch["index"])
                     for batch in batches()
                 ]
         return Predictions.joined(found)

@@ -1,4 +1,4 @@
-"""The frozen prefix of a stage as a function of images, run in the fastest way this machine has."""
+"""The frozen prefix of a stage as a function of inputs, run in the fastest way this machine has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 CPU_BATCH, GPU_BATCH = 16, 256  # images; activations of 16 stay in a CPU's cache
 TOLERANCE = (1e-4, 1e-2)  # of the largest output, CPU and CUDA (TF32): what folding may change
 
-Prepared = Callable[[NDArray[np.int64]], Tensor]
-"""Positions -> prepared images on the prefix's device."""
+Prepared = Callable[[NDArray[np.int64]], Any]
+"""Positions -> inputs on the prefix's device: a tensor, or a tuple of tensors."""
 
 
 class FrozenPrefix:
@@ -50,8 +51,8 @@ class FrozenPrefix:
         self.plain: nn.Module = whole if self.whole else whole.blocks[:cut].eval()
         self.module: nn.Module | None = None
 
-    def fold(self, images: Tensor) -> None:
-        """Fold BatchNorm, unless that changes what comes out for `images`."""
+    def fold(self, inputs: Any) -> None:
+        """Fold BatchNorm, unless that changes what comes out for `inputs`."""
         if isinstance(self.plain, Backbone):
             folded: nn.Module = copy.copy(self.plain)  # its blocks alone are replaced
             folded._modules = dict(self.plain._modules)
@@ -59,7 +60,7 @@ class FrozenPrefix:
         else:
             folded = fold(self.plain)
         with torch.inference_mode():  # without autocast, whose rounding is larger than any error
-            expected, found = self.plain(images), folded.eval()(images)
+            expected, found = self.plain(inputs), folded.eval()(inputs)
         tolerance = TOLERANCE[self.device.type == "cuda"] * float(expected.abs().max())
         self.module = folded
         if not torch.allclose(found, expected, atol=tolerance):
@@ -67,21 +68,22 @@ class FrozenPrefix:
             self.module = self.plain
 
     @torch.inference_mode()
-    def row_shape(self, images: Tensor) -> tuple[int, ...]:
-        """The shape of what comes out for each image."""
-        return tuple(self.plain(images).shape[1:])
+    def row_shape(self, inputs: Any) -> tuple[int, ...]:
+        """The shape of what comes out for each example."""
+        return tuple(self.plain(inputs).shape[1:])
 
-    def ready(self, images: Tensor) -> None:
+    def ready(self, inputs: Any) -> None:
         """Fold now: threads must not do it side by side."""
         if self.module is None:
-            self.fold(images)
+            several = isinstance(inputs, tuple)
+            self.fold(tuple(part[:2] for part in inputs) if several else inputs[:2])
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        self.ready(images[:2])
+    def __call__(self, inputs: Any) -> Tensor:
+        self.ready(inputs)
         module = self.module or self.plain
         with self.context():
-            return module(images).float()
+            return module(inputs).float()
 
 
 def fold(blocks: nn.Module) -> nn.Sequential:

@@ -16,13 +16,12 @@ from torch import Tensor
 
 import graft
 from graft.config.words import plural
-from graft.data.datasets import views_count
 from graft.features.prefix import Extractor, FrozenPrefix
 from graft.storage.digests import entry_path, module_digest, source_of
 from graft.storage.disk import mark_used, readable
 from graft.storage.shards import ShardedRows
 from graft.storage.stored import StoredFeatures
-from graft.transforms import boxes, draws, images
+from graft.transforms.inputs import Views, views_count
 
 if TYPE_CHECKING:
     from graft.data.datamodule import TransferDataModule
@@ -36,9 +35,7 @@ def reason_not_storable(backbone: Backbone, cut: int, datamodule: TransferDataMo
     """Why a stage can't train from stored features; None if it can."""
     if cut == 0:
         return "its first block learns"
-    if datamodule.stage_augment is not None or (
-        datamodule.stage_augments and datamodule.sample_transform is not None
-    ):
+    if datamodule.inputs.augments:
         return "it augments the images (augment=false and views=8 would store augmented ones)"
     if cut < len(backbone.blocks):
         if backbone.passes_tuples:
@@ -127,7 +124,7 @@ class FeatureStore:
         extractor.choose(positions)
         yield from extractor.parts(positions)
 
-    def _views(self, split: str) -> str | int:
+    def _views(self, split: str) -> Views:
         return self.stage.views if split == "train" else "none"
 
     def _rows(self, split: str) -> int:
@@ -153,15 +150,14 @@ class FeatureStore:
         backbone, data, stage = self.backbone, self.datamodule, self.stage
         self.digest = self.digest or module_digest(self.prefix.plain)
         views = self._views(split)
+        inputs = data.inputs.key(views)
         parts = {
             "images": data.digest(split),
-            "transform": data.preprocessing,
             "prefix": self.digest,
             "taps": backbone.taps if self.prefix.whole else None,
             "mirror": backbone.mirror,
             "block": self.cut,
-            "views": (views, data.augment if isinstance(views, int) else None),
-            "code": [source_of(code) for code in (backbone.pool, images, boxes, draws)],
+            "code": [source_of(code) for code in (backbone.pool, *inputs.pop("code"))],
             "dtype": stage.cache_dtype,
             "precision": f"{self.precision.precision} {torch.get_float32_matmul_precision()}",
             "device": self.device.type,
@@ -172,9 +168,9 @@ class FeatureStore:
             "blocks": f"{self.cut} of {len(backbone.blocks)}",
             "rows": f"{plural(len(data.splits[split]), 'image')} of {split}, "
             f"{plural(views_count(views), 'view')}",
-            "input": f"{data.preprocessing.crop_size} px",
+            "input": f"{data.inputs.size} {data.inputs.unit}",
         }
-        path = entry_path(self.cache, parts)
+        path = entry_path(self.cache, parts | inputs)
         return ShardedRows(path, self._rows(split), row_shape, stage.cache_dtype, about=about)
 
     def _filled(self, split: str, entry: ShardedRows) -> StoredFeatures:

@@ -1,4 +1,4 @@
-"""The backbone contract: an ordered list of named blocks that turns images into features."""
+"""The backbone contract: an ordered list of named blocks that turns inputs into features."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from graft.transforms.preprocessing import Preprocessing
 
 RESERVED_NAMES = ("backbone", "head", "task", "all", "norms", "biases")
 """What a block can't be called: `trainable` and the table of groups mean something else by them."""
@@ -28,6 +26,10 @@ def pool_nhwc(x: Tensor) -> Tensor:
 def pool_tokens(x: Tensor) -> Tensor:
     """(N, T, C) -> (N, C), over all tokens: a class token says little in the first layers."""
     return x.mean(1) if x.ndim == 3 else x
+
+
+def blank_image(side: int) -> Tensor:
+    return torch.zeros(1, 3, side, side)
 
 
 class FixedSize(nn.Module):
@@ -54,14 +56,15 @@ class Backbone(nn.Module):
         blocks: name -> module; no name is among `RESERVED_NAMES`. What one returns the next one
             is called with: a tensor, or a tuple of them. The last one ends in pooled features
             (N, F).
-        preprocessing: what the images must look like.
+        preprocessing: what inputs must look like: a dataclass of plain values with a method
+            `with_own`; of images, `Preprocessing`.
         taps: names of blocks whose pooled outputs are concatenated into the features, or "all"
             that hold parameters (a bare pooling would repeat the block before it); None takes the
             last block's output alone. Taps give a linear probe the earlier blocks too, for the
             same forward pass. Blocks above the highest tap are left out: no output needs them.
         pool: turns a block's output into (N, C); differs for token and channels-last families.
         channels_last: whether that memory format is the fast one here (convolutions).
-        probe_size: side in px of the blank image that measures `num_features`.
+        example: an input that measures `num_features`; None: a blank image.
         description: architecture and weights, for the start-up summary.
         weights: where they come from; "" for random ones.
         no_weight_decay: parameters that weight decay spares as it does norms and biases: position
@@ -81,12 +84,12 @@ class Backbone(nn.Module):
     def __init__(
         self,
         blocks: Mapping[str, nn.Module],
-        preprocessing: Preprocessing,
+        preprocessing: Any,
         *,
         taps: Sequence[str] | str | None = None,
         pool: Callable[[Tensor], Tensor] = pool_nchw,
         channels_last: bool = True,
-        probe_size: int | None = None,
+        example: Any = None,
         description: str = "",
         weights: str = "",
         no_weight_decay: Sequence[nn.Parameter] = (),
@@ -111,7 +114,7 @@ class Backbone(nn.Module):
         spared = {id(parameter) for parameter in no_weight_decay}
         named = self.blocks.named_parameters()
         self.no_weight_decay = {name for name, parameter in named if id(parameter) in spared}
-        self.num_features = self._measure_features(probe_size or preprocessing.crop_size)
+        self.num_features = self._measure_features(example)
 
     @property
     def block_names(self) -> list[str]:
@@ -145,36 +148,36 @@ class Backbone(nn.Module):
         return [name for name in self.block_names if name in taps]
 
     @torch.no_grad()
-    def _measure_features(self, size: int) -> int:
-        """Width of the features, by one forward of a blank image: right for any family."""
+    def _measure_features(self, example: Any) -> int:
+        """Width of the features, by one forward of an example: right for any family."""
         training = self.training
         self.eval()
-        reference = next(self.parameters())
-        image = torch.zeros(1, 3, size, size, device=reference.device, dtype=reference.dtype)
+        if example is None:
+            example = blank_image(self.preprocessing.crop_size)
         states: list[bool] = []
         hooks = [
             block.register_forward_hook(lambda *call: states.append(isinstance(call[2], tuple)))
             for block in self.blocks
         ]
-        width = self(image).shape[1]
+        width = self(example).shape[1]
         for hook in hooks:
             hook.remove()
         self.passes_tuples = any(states)
         self.train(training)
         return width
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) normalised images -> (N, num_features)."""
-        features = self.forward_from(0, images)
+    def forward(self, inputs: Any) -> Tensor:
+        """Inputs, images (N, 3, H, W) or what else the first block takes -> (N, num_features)."""
+        features = self.forward_from(0, inputs)
         if self.mirror and not self.training:
-            features = (features + self.forward_from(0, images.flip(3))) / 2
+            features = (features + self.forward_from(0, inputs.flip(3))) / 2
         return features
 
-    def maps(self, images: Tensor) -> Tensor:
+    def maps(self, inputs: Any) -> Tensor:
         """The last output that is not pooled, (N, C, h, w) or (N, tokens, C): for decoders."""
         if self.taps is not None:
             raise ValueError("backbone.taps: features of several blocks have no common map")
-        found, x = None, images
+        found, x = None, inputs
         for block in self.blocks:
             x = block(x)
             first = x[0] if isinstance(x, tuple) else x
@@ -184,7 +187,7 @@ class Backbone(nn.Module):
         return found
 
     def forward_from(self, start: int, x: Any) -> Tensor:
-        """Features from the input of block `start` (its images or activations).
+        """Features from the input of block `start` (the inputs or activations).
 
         `start` after the last block returns x itself: x already holds the features.
         """

@@ -21,7 +21,14 @@ from torchvision import models
 
 from graft.config.overrides import is_weights_path
 from graft.config.words import did_you_mean
-from graft.models.backbone import Backbone, FixedSize, pool_nchw, pool_nhwc, pool_tokens
+from graft.models.backbone import (
+    Backbone,
+    FixedSize,
+    blank_image,
+    pool_nchw,
+    pool_nhwc,
+    pool_tokens,
+)
 from graft.models.weights import WeightsFile, describe_origin, load_file_into, unknown_weights
 from graft.transforms.preprocessing import Preprocessing
 
@@ -214,7 +221,7 @@ def torchvision_backbone(
         taps=taps,
         pool=pool,
         channels_last=pool is pool_nchw,
-        probe_size=size or 64,
+        example=blank_image(size or 64),
         description=f"{model}, "
         + (f"weights {entry.name if entry else weights}{note}" if weights else "random weights"),
         weights=f"torchvision {model} {entry.name}{note}" if entry else weights or "",

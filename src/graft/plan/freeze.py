@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graft.config.stage import NormPolicy, Trainable
 from graft.config.words import plural
 from graft.models.backbone import Backbone
 
-Trainable = str | int | Sequence[str]
-NormPolicy = Literal["frozen", "stats", "affine", "train"]
 MOVING: tuple[NormPolicy, ...] = ("stats", "train")
 """Policies under which statistics move; under "affine" and "train" scale and shift learn."""
 KINDS = ("norms", "biases")

@@ -36,15 +36,12 @@ def say(text: str) -> None:
 def print_start(
     backbone: Backbone, head: Head, datamodule: TransferDataModule, device: str, run: Path
 ) -> None:
-    p = datamodule.preprocessing
     classes = datamodule.classes
     names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-    sizes = ", ".join(f"{size:,} {name}" for name, size in datamodule.describe().items())
-    crop = f" of {p.resize_size}" if p.resize_size != p.crop_size else ""
-    origin = p.origin or "with mean " + " ".join(f"{v:g}" for v in p.mean)
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in datamodule.splits.items())
     kind = ("class", "classes") if datamodule.splits["train"].targets is None else ("target",)
     say(f"data      {sizes} images, {plural(len(classes), *kind)} ({names})")
-    say(f"input     {p.crop_size} x {p.crop_size} px{crop}, {p.interpolation}, normalised {origin}")
+    say(f"input     {datamodule.inputs.describe()}")
     say(
         f"backbone  {backbone.description or 'no weights named'}: "
         f"{_count(backbone):,} parameters, {plural(len(backbone.blocks), 'block')}, "

@@ -27,6 +27,7 @@ from graft.reporting import pictures
 from graft.reporting.collect import Collect
 from graft.reporting.loggers import CSV, TensorBoard
 from graft.tasks.scores import Predictions, scores
+from graft.transforms.images import ImageInputs
 
 METRICS = ("test/acc", "test/loss", "time/fit_seconds")  # of the HPARAMS tab, and the best one
 CHANGED_BY = {
@@ -81,7 +82,7 @@ def hyperparameters(
         "lr": float(stages[-1].lr),
         "weight_decay": float(stages[-1].weight_decay),
         "batch_size": float(datamodule.batch_size),
-        "image_size": float(datamodule.own_preprocessing.crop_size),
+        "image_size": float(datamodule.run_inputs.size),
         "epochs": float(sum(stage.epochs for stage in stages)),
         "train_images": float(len(datamodule.splits["train"])),
         "seed": float(config["seed"]),
@@ -149,15 +150,17 @@ class Inputs(L.Callback):
             if not board.is_new(board.step_offset):
                 continue
             data = _datamodule(trainer)
+            if not isinstance(data.inputs, ImageInputs):
+                return
             batch = batch.get("train", batch)  # type: ignore[assignment]
             seen = {key: values[:INPUTS].cpu() for key, values in batch.items()}
-            if "image" not in batch or batch["image"].dtype == torch.uint8:
+            if "input" not in batch or batch["input"].dtype == torch.uint8:
                 # Of stored features, the images they were computed from.
                 images = data.splits["train"][seen["index"].tolist()]
                 seen = {**data.transform(images, augment=True), "label": images["label"]}
-            p = data.preprocessing
+            p = data.inputs.preprocessing
             mean, std = (torch.tensor(value)[:, None, None] for value in (p.mean, p.std))
-            pixels = (255 * (seen["image"] * std + mean)).round().clamp(0, 255).byte()
+            pixels = (255 * (seen["input"] * std + mean)).round().clamp(0, 255).byte()
             captions = [[(line, "black") for line in lines] for lines in _labels(seen, data)]
             sheet = pictures.tiles(pixels, captions)
             _show(board, f"inputs/{self.stage}", sheet, board.step_offset)
@@ -221,8 +224,8 @@ def _show_test(board: TensorBoard, data: TransferDataModule, collected: Collect)
     ece = scores(p, data.num_classes)["ece"]
     _show(board, "test/calibration", pictures.calibration(p, ece), step)
     wrong = pictures.surest_mistakes(p, MISTAKES)
-    if len(wrong):
-        images = split[p.index[wrong].tolist()]["image"]
+    if len(wrong) and isinstance(data.inputs, ImageInputs):
+        images = split[p.index[wrong].tolist()]["input"]
         _show(board, "test/mistakes", pictures.predicted(images, p, wrong, data.classes), step)
     _show_features(board, data, collected, p)
 
@@ -236,15 +239,14 @@ def _show_features(
         with torch.random.fork_rng(devices=[]):
             *_, axes = torch.pca_lowrank(features, min(DIMENSIONS, len(features)))
         features = (features - features.mean(0)) @ axes
-    sprites = [
-        F.interpolate(
-            data.splits["test"][part.tolist()]["image"].float(),
-            (SPRITE, SPRITE),
-            mode="bilinear",
-            antialias=True,
-        )
-        for part in collected.index.split(64)
-    ]
+    sprites = None
+    if isinstance(data.inputs, ImageInputs):
+        parts = (data.splits["test"][part.tolist()] for part in collected.index.split(64))
+        small = [
+            F.interpolate(part["input"].float(), (SPRITE,) * 2, mode="bilinear", antialias=True)
+            for part in parts
+        ]
+        sprites = torch.cat(small) / 255
     at = torch.searchsorted(p.index, collected.index)
     names = [visible(name) for name in data.classes]  # a tab would begin another column
     rows = [
@@ -254,7 +256,7 @@ def _show_features(
     board.experiment.add_embedding(
         features,
         rows,
-        torch.cat(sprites) / 255,
+        sprites,
         board.step_offset,
         "test",
         ["label", "prediction", "outcome"],

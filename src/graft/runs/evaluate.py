@@ -229,7 +229,7 @@ def notes(
         yield f"this run was trained on {seen:,} of these images"
     absent = sorted({*range(datamodule.num_classes)} - {*test.labels.tolist()})
     if absent and test.targets is None:
-        from graft.data.datamodule import few
+        from graft.data.splits import few
 
         names = few([datamodule.classes[label] for label in absent])
         yield f"no images of {len(absent)} of {datamodule.num_classes} classes: {names}"

@@ -113,6 +113,7 @@ def train(
     import torch
 
     from graft.data.items import FILE as SPLITS_FILE
+    from graft.data.notes import notes
     from graft.features.store import FeatureStore
     from graft.plan.param_groups import describe_groups
     from graft.plan.results import PREVIOUS
@@ -154,7 +155,7 @@ def train(
     module.checkpoint_note = {
         "config": config,
         "classes": datamodule.classes,
-        "value_range": datamodule.value_range,
+        "value_range": datamodule.loaded.value_range,
         "preprocessing": dataclasses.asdict(module.backbone.preprocessing),
     }
     loggers = []
@@ -195,7 +196,7 @@ def train(
         folder.update(device=device, train_images=train_images, data=record.summary())
         report.print_start(module.backbone, module.head, datamodule, device, path)
         steps = any(stage.solver == "sgd" for stage in stages)
-        for note in datamodule.notes(steps=steps, augments=[stage.augment for stage in stages]):
+        for note in notes(datamodule, steps=steps, augments=[stage.augment for stage in stages]):
             report.say(f"note: {note}")
         params = tensorboard.hyperparameters(config, folder.record["choices"], stages, datamodule)
         tensorboard.log_start(config, params, folder.record["overrides"], loggers)

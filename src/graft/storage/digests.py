@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def images_digest(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> str:
-    """SHA-256 of the chosen images' shape and pixels, in their order."""
-    digest = hashlib.sha256(repr(images.shape[1:]).encode())
+def rows_digest(images: NDArray[Any], rows: NDArray[np.int64]) -> str:
+    """SHA-256 of the chosen rows' shape and content, in their order."""
+    kind = "" if images.dtype == np.uint8 else str(images.dtype)
+    digest = hashlib.sha256(f"{images.shape[1:]}{kind}".encode())
     for start in range(0, len(rows), 2048):
         digest.update(np.ascontiguousarray(rows_of(images, rows[start : start + 2048])).data)
     return digest.hexdigest()

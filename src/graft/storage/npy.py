@@ -100,7 +100,7 @@ def writing(entry: Path) -> Iterator[Path]:
     partial.rename(entry)
 
 
-def rows_of(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+def rows_of(images: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
     """`images[rows]`; reading a mapped file past the end it has by now would kill the process.
 
     Raises:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from graft.config.checks import POSITIVE_INT
+from graft.config.kinds import POSITIVE_INT
 from graft.config.resolved import explain
 from graft.config.words import plural
 from graft.reporting.console import console

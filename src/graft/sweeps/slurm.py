@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.config.checks import POSITIVE_INT
+from graft.config.kinds import POSITIVE_INT
 from graft.config.words import plural
 from graft.reporting.console import console
 from graft.sweeps.launch import Job

@@ -12,16 +12,18 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from graft.config.checks import nodes
 from graft.config.conflicts import REFUSED_CALLBACKS
-from graft.config.objects import bind, find, make
+from graft.config.objects import bind, built, find, make
 from graft.config.renamed import current_name
 from graft.data.datamodule import TransferDataModule
 from graft.data.items import SplitRecord
+from graft.data.sources.base import Source
 from graft.models.backbone import Backbone
 from graft.models.heads import Head, seeded_head
 from graft.plan.grid import Grid
 from graft.plan.lora import LoRA
 from graft.plan.stage import Stage
 from graft.training.module import TransferModule
+from graft.transforms.images import ImageInputs
 
 
 def build(
@@ -45,10 +47,21 @@ def build(
         backbone.preprocessing = backbone.preprocessing.with_own(preprocessing)
     # `root` is in the group for the command line; only the source takes it.
     data = {key: value for key, value in config["data"].items() if key != "root"}
+    source = make(data.pop("source"))
+    own = {key: data.pop(key) for key in inputs_options(source) if key in data}
+    if not isinstance(backbone.preprocessing, source.inputs.takes):
+        raise ValueError(
+            f"{type(source).__name__} has rows for {source.inputs.__name__}, which this backbone "
+            "does not take: choose another backbone= or data="
+        )
+    if config["mirror"] and not issubclass(source.inputs, ImageInputs):
+        raise ValueError("mirror=true: these inputs are no images, and have no mirror image")
+    inputs = source.inputs(backbone.preprocessing, **built(own))
     stages = config["transfer"]["stages"].values()
     datamodule = make(
         data,
-        preprocessing=backbone.preprocessing,
+        source=source,
+        inputs=inputs,
         stage_sizes=[stage["image_size"] for stage in stages if stage.get("image_size")],
         seed=config["seed"],
         recorded=recorded,
@@ -85,6 +98,11 @@ def processes(trainer: dict[str, Any]) -> int:
     return max(1, there) * int(trainer.get("num_nodes", 1))
 
 
+def inputs_options(source: Any) -> list[str]:
+    """Which options of `data` are for the inputs of its source."""
+    return [*inspect.signature(getattr(source, "inputs", Source.inputs)).parameters][1:]
+
+
 TAKEN_OUT = {  # before a class is called
     "data": ("root",),
     "head": ("num_classes", "seed", "grid"),
@@ -98,7 +116,7 @@ def check_arguments(config: dict[str, Any]) -> None:
     Raises:
         ValueError: it cannot, or does not.
     """
-    for key, node in nodes(config):
+    for key, node in reversed([*nodes(config)]):  # sources before `data`, which asks them
         if not isinstance(node, dict) or "_target_" not in node:
             continue
         name = node["_target_"]
@@ -119,6 +137,8 @@ def check_arguments(config: dict[str, Any]) -> None:
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             continue
         own = [name for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL]
+        if key == "data":
+            own += inputs_options(find(node["source"]["_target_"]))
         for argument in node:
             hydras = str(argument).startswith("_")
             if not hydras and argument not in (*own, *TAKEN_OUT.get(key, ())):

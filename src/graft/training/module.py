@@ -39,9 +39,8 @@ from graft.training.steps import mean_of_heads, take
 class TransferModule(L.LightningModule):
     """Backbone and head under one of the stages of a transfer plan.
 
-    Call `start_stage` before each `fit`: it decides what learns. Batches are dicts with "label"
-    and either "image" (N, 3, H, W) or "features" (stored outputs of the frozen prefix); training
-    batches may carry soft labels, "target" (N, num_classes).
+    Call `start_stage` before each `fit`: it decides what learns. A `Batch` has "input", for the
+    first block, or "features", stored outputs of the frozen prefix.
     """
 
     def __init__(self, backbone: Backbone, head: Head, task: Task) -> None:
@@ -118,15 +117,15 @@ class TransferModule(L.LightningModule):
             self.head.train(self.stage.train_head)
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) normalised images -> (N, num_classes) logits."""
-        return self.head(self.backbone(images))
+    def forward(self, inputs: Any) -> Tensor:
+        """What `Inputs.prepare` gives -> (N, num_classes) logits."""
+        return self.head(self.backbone(inputs))
 
     def outputs(self, batch: Batch) -> Tensor:
-        """Of the head, for images or stored features."""
+        """Of the head, for inputs or stored features."""
         if "features" in batch:
             return self.head(self.backbone.forward_from(self.cut, batch["features"]))
-        return self(batch["image"])
+        return self(batch["input"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if isinstance(batch, Steps):

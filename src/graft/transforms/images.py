@@ -1,4 +1,4 @@
-"""Transforms of a whole uint8 batch on its device: augmentation, resize, crop, normalisation.
+"""Images as inputs of a model: augmentation of a whole uint8 batch on its device.
 
 Training differs from evaluation by what `Augment` does; geometry and normalisation are the same
 code for both, so they cannot drift apart.
@@ -6,21 +6,24 @@ code for both, so they cannot drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from graft.transforms.boxes import BOX_DRAWS, box_matrices, inside, random_boxes
+from graft.transforms.boxes import BOX_DRAWS, inside, random_boxes
 from graft.transforms.draws import CROP, ERASE, MOVE, uniform
+from graft.transforms.inputs import Inputs, Views, drawn_view, views_count
 from graft.transforms.mixing import mix
-from graft.transforms.preprocessing import Interpolation, Preprocessing
+from graft.transforms.prepare import Prepare
+from graft.transforms.preprocessing import Preprocessing, stored_form
 
-CPU_CHUNK = 150_000  # px, input or output: a chunk stays in a core's cache, a batch does not
-SMALL = 64  # px: up to here dense matrices beat `interpolate`, which skips their zeros, on a CPU
 ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # Zhong et al. 2017
 
 
@@ -88,7 +91,7 @@ class Augment:
     ) -> dict[str, Tensor]:
         """A training batch, prepared; with soft labels "target" (N, num_classes) if it is mixed."""
         index = batch["index"]
-        images = self(batch["image"], index, seed=seed, epoch=epoch)
+        images = self(batch["input"], index, seed=seed, epoch=epoch)
         boxes = None
         if self.scale is not None:
             u = uniform(seed, epoch, index, BOX_DRAWS, first=CROP)
@@ -101,7 +104,7 @@ class Augment:
             erased = inside(boxes, height, width) & (u[:, 0] < self.erase)[:, None, None, None]
             images = images.masked_fill_(erased, 0.0)
         if not (self.mixup or self.cutmix):
-            return {**batch, "image": images}
+            return {**batch, "input": images}
         images, target = mix(
             images,
             batch.get("target", batch["label"]),
@@ -112,7 +115,7 @@ class Augment:
             seed=seed,
             epoch=epoch,
         )
-        return {**batch, "image": images, "target": target}
+        return {**batch, "input": images, "target": target}
 
 
 def _shifted(size: int, fraction: float, u: Tensor) -> Tensor:
@@ -123,148 +126,123 @@ def _shifted(size: int, fraction: float, u: Tensor) -> Tensor:
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
 
-class Prepare:
-    """uint8 images to what the backbone expects: resize, central crop, normalise.
-
-    The resize is torch's antialiased `interpolate` of bytes, which gives what Pillow gives to a
-    grey level, or two small matrix products where these are faster: their matrices are
-    `interpolate` applied to the identity.
-    """
-
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self.preprocessing = preprocessing
-
-    def __call__(self, images: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """(N, 3, H, W) uint8 -> (N, 3, crop_size, crop_size) float32, channels last.
-
-        Args:
-            boxes: (N, 4) top, left, height, width: each image's own part to be resized to
-                `crop_size`, in place of the resize and the central crop.
-        """
-        crop = self.preprocessing.crop_size
-        height, width = images.shape[2:]
-        out = torch.empty(
-            (len(images), 3, crop, crop),
-            device=images.device,
-            memory_format=torch.channels_last,
-        )
-        chunk = max(len(images), 1)
-        if images.device.type == "cpu":
-            chunk = max(1, CPU_CHUNK // max(height * width, crop * crop))
-        for start in range(0, len(images), chunk):
-            part = slice(start, start + chunk)
-            if boxes is None:
-                self._resize(images[part], out[part])
-            else:
-                self._resize_boxes(images[part], boxes[part], out[part])
-        return out
-
-    def _resize(self, images: Tensor, out: Tensor) -> None:
-        p = self.preprocessing
-        height, width = images.shape[2:]
-        resized = p.resized(height, width)
-        if p.crop_size > min(resized):
-            raise ValueError(
-                f"crop of {p.crop_size} px from an image resized to {min(resized)} px: must fit"
-            )
-        top, left = (p.crop_start(side) for side in resized)
-        crop = (..., slice(top, top + p.crop_size), slice(left, left + p.crop_size))
-        mode, device = p.interpolation, images.device
-        if resized == (height, width):
-            out[:] = self._normalised(images[crop])
-        elif _as_bytes(images, mode):
-            x = images.contiguous(memory_format=torch.channels_last)
-            x = F.interpolate(x, size=resized, mode=mode, antialias=True)
-            out[:] = self._normalised(x[crop])
-        else:
-            rows = row_bands(height, resized[0], (top, top + p.crop_size), mode, device)
-            columns = resize_matrix(width, resized[1], mode, device)[crop[2]]
-            if mode == "bilinear":
-                _products(rows, self._normalised(images), columns, out)
-            else:  # overshoots: without Pillow's clipping it would be 20 grey levels off
-                _products(rows, images.float(), columns, out, clip=True)
-                out.copy_(self._normalised(out))
-
-    def _resize_boxes(self, images: Tensor, boxes: Tensor, out: Tensor) -> None:
-        size, mode = self.preprocessing.crop_size, self.preprocessing.interpolation
-        x = self._normalised(images)
-        if _sparse(images):
-            for i, (top, left, h, w) in enumerate(boxes.tolist()):
-                part = x[i : i + 1, :, top : top + h, left : left + w]
-                out[i : i + 1] = F.interpolate(part, size=(size, size), mode=mode, antialias=True)
-            return
-        top, left, h, w = boxes.unbind(1)
-        rows = box_matrices(top, h, images.shape[2], size, mode)
-        columns = box_matrices(left, w, images.shape[3], size, mode)
-        _products([(slice(None), slice(None), rows)], x, columns[:, None], out)
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        p = self.preprocessing
-        offset, scale = _statistics(tuple(p.mean), tuple(p.std), images.device)
-        return (images - offset) * scale
-
-
-Band = tuple[slice, slice, Tensor]
-"""Rows of a matrix, the columns in which they are not zero, and what is there."""
-
-
-def _products(
-    rows: Sequence[Band], images: Tensor, columns: Tensor, out: Tensor, *, clip: bool = False
-) -> None:
-    """rows @ images @ columns.T. Channels move to the end in between, where it is a third of the
-    work, so that the second product writes `out` as it lies in memory.
+class ImageInputs(Inputs):
+    """uint8 images (N, 3, H, W) -> normalised ones (N, 3, crop_size, crop_size).
 
     Args:
-        clip: both products give whole numbers from 0 to 255, as in Pillow.
+        preprocessing: the backbone's; `image_size`, `resize_size` override it.
+        image_size: side in px of the images the backbone gets. None takes the weights' own resize
+            and crop; a number resizes the whole image to it, without a crop.
+        resize_size: shorter side before the central crop, if other than `image_size`.
+        augment: of training images; stages may change it.
+        sample_transform: of single training images, in the workers; see `SampleTransformed`.
     """
-    wide = images @ columns.mT
-    if clip:
-        wide.round_().clamp_(0, 255)
-    wide = wide.permute(0, 2, 3, 1).flatten(2)
-    lines = out.permute(0, 2, 3, 1).flatten(2)
-    for written, read, band in rows:
-        torch.matmul(band, wide[:, read], out=lines[:, written])
-    if clip:
-        out.round_().clamp_(0, 255)
 
+    takes = Preprocessing
+    preprocessing: Preprocessing
+    prepare: Prepare
+    unit = "px"
 
-def _as_bytes(images: Tensor, mode: Interpolation) -> bool:
-    return _sparse(images) or (images.device.type == "cpu" and mode == "bicubic")
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        *,
+        image_size: int | None = None,
+        resize_size: int | None = None,
+        augment: Augment | None = None,
+        sample_transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.preprocessing = preprocessing.at(image_size, resize_size)
+        self.prepare = Prepare(self.preprocessing)
+        self.size = self.preprocessing.crop_size
+        self.augmentation = self.stage_augmentation = augment
+        self.sample_transform = sample_transform
+        self.views: Views = "none"
 
+    @property
+    def crops(self) -> bool:
+        """Whether training images are random crops, of what is stored of them."""
+        return self.stage_augmentation is not None and self.stage_augmentation.scale is not None
 
-def _sparse(images: Tensor) -> bool:
-    return images.device.type == "cpu" and max(images.shape[2:]) > SMALL
+    @property
+    def augments(self) -> bool:
+        return self.stage_augmentation is not None or self.sample_transform is not None
 
+    def of_stage(
+        self,
+        *,
+        augment: bool | Mapping[str, Any] = True,
+        size: int | None = None,
+        views: Views = "none",
+    ) -> Self:
+        stage = copy.copy(self)
+        stage.preprocessing = self.preprocessing.at(size)
+        stage.prepare = Prepare(stage.preprocessing)
+        stage.size = stage.preprocessing.crop_size
+        stage.views = views
+        if augment is False:
+            stage.sample_transform = None
+        if isinstance(augment, Mapping):
+            stage.stage_augmentation = replace(self.augmentation or Augment(), **augment)
+        elif not augment:
+            stage.stage_augmentation = None
+        return stage
 
-@lru_cache(maxsize=32)
-def resize_matrix(size: int, resized: int, mode: Interpolation, device: torch.device) -> Tensor:
-    """(resized, size): resizes an axis."""
-    identity = torch.eye(size)[None, None]
-    return F.interpolate(identity, size=(resized, size), mode=mode, antialias=True)[0, 0].to(device)
+    def example(self, count: int) -> Tensor:
+        side = self.preprocessing.resize_size
+        return torch.zeros(count, 3, side, side, dtype=torch.uint8)
 
+    def describe(self) -> str:
+        p = self.preprocessing
+        crop = f" of {p.resize_size}" if p.resize_size != p.crop_size else ""
+        origin = p.origin or "with mean " + " ".join(f"{v:g}" for v in p.mean)
+        return f"{self.size} x {self.size} px{crop}, {p.interpolation}, normalised {origin}"
 
-@lru_cache(maxsize=32)
-def row_bands(
-    size: int, resized: int, crop: tuple[int, int], mode: Interpolation, device: torch.device
-) -> list[Band]:
-    """The rows from `crop[0]` to before `crop[1]` of `resize_matrix`; on CPUs its upper and lower
-    half without the zeros that each of them has: almost half of the work.
-    """
-    matrix = resize_matrix(size, resized, mode, device)[slice(*crop)]
-    bands: list[Band] = []
-    step = -(-len(matrix) // 2) if device.type == "cpu" else len(matrix)
-    for start in range(0, len(matrix), step):
-        part = matrix[start : start + step]
-        used = part.any(0).nonzero()[:, 0].tolist()
-        read = slice(used[0], used[-1] + 1)
-        bands.append((slice(start, start + step), read, part[:, read].contiguous()))
-    return bands
+    def to_store(self, sizes: Sequence[int]) -> Preprocessing:
+        return stored_form(self.preprocessing, sizes)
 
+    def augment(
+        self, batch: dict[str, Tensor], num_classes: int, *, seed: int, epoch: int
+    ) -> dict[str, Tensor]:
+        images, index = batch["input"], batch["index"]
+        if (count := views_count(self.views)) > 1:
+            view = drawn_view(count, index, seed=seed, epoch=epoch)
+            return {**batch, "input": self.viewed(images, index, view, self.views)}
+        if self.stage_augmentation is None:
+            return {**batch, "input": self.prepare(images)}
+        return self.stage_augmentation.batch(
+            batch, self.prepare, num_classes, seed=seed, epoch=epoch
+        )
 
-@lru_cache(maxsize=32)
-def _statistics(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / deviation of grey levels 0 to 255, as (3, 1, 1)."""
-    offset = 255 * torch.tensor(mean, device=device)[:, None, None]
-    return offset, 1 / (255 * torch.tensor(std, device=device))[:, None, None]
+    def viewed(self, rows: Tensor, index: Tensor, view: Tensor, views: Views) -> Tensor:
+        if views == "flip":
+            rows = torch.where((view == 1)[:, None, None, None], rows.flip(3), rows)
+        elif isinstance(views, int) and self.augmentation is not None:
+            # Not mixed: a view is of one image.
+            augmentation = replace(self.augmentation, mixup=0.0, cutmix=0.0)
+            drawn = {"input": rows, "index": index * views + view}
+            return augmentation.batch(drawn, self.prepare, 0, seed=0, epoch=0)["input"]
+        return self.prepare(rows)
+
+    def key(self, views: Views) -> dict[str, Any]:
+        code = [sys.modules[part.__module__] for part in (Augment, Prepare, random_boxes, uniform)]
+        drawn = self.augmentation if isinstance(views, int) else None
+        return {"transform": self.preprocessing, "views": (views, drawn), "code": code}
+
+    def problem(self, rows: NDArray[Any]) -> str | None:
+        shape = rows.shape
+        if len(shape) != 4 or shape[1] != 3 or 0 in shape:
+            hint = ""
+            if len(shape) == 4 and shape[3] == 3:
+                hint = ": channels come first, images.transpose(0, 3, 1, 2)"
+            elif len(shape) == 3:
+                hint = ": repeat a grey channel, images[:, None].repeat(3, axis=1)"
+            elif len(shape) == 4 and shape[1] == 1:
+                hint = ": repeat a grey channel, images.repeat(3, axis=1)"
+            elif len(shape) == 4 and shape[1] > 3:
+                hint = ": choose three channels, images[:, :3]"
+            return f"images must be (N, 3, height, width) and not empty, not {shape}{hint}"
+        if rows.dtype != np.uint8:
+            hint = ": for 0..1, (images * 255).round().astype(np.uint8)" * (rows.dtype.kind == "f")
+            return f"images must be uint8 from 0 to 255, not {rows.dtype}{hint}"
+        return None

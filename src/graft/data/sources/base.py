@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +22,18 @@ from numpy.typing import NDArray
 from graft.storage.disk import mark_used
 from graft.storage.npy import NpyWriter
 from graft.storage.reading import read_json
-
-if TYPE_CHECKING:
-    from graft.transforms.preprocessing import Preprocessing
-
+from graft.transforms.images import ImageInputs
+from graft.transforms.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images with their labels, and what tells an item again: a source may leave that out."""
+    """Rows with their labels, and what tells an item again: a source may leave that out."""
 
-    images: NDArray[np.uint8]  # (N, 3, H, W), in memory or memory-mapped read-only
+    # Images (N, 3, H, W), or rows (N, ...) of another modality; in memory or memory-mapped.
+    images: NDArray[Any]
     labels: NDArray[np.int64]  # (N,)
     names: NDArray[np.bytes_] | None = None  # (N,) paths below the root; None: positions
     digests: NDArray[np.uint64] | None = None  # (N,) `content_digest` of each; None: of its pixels
@@ -63,17 +62,24 @@ class Splits:
 
 
 class Source(ABC):
-    """A data set. One class, one YAML. Plain constructor arguments."""
+    """A data set. One class, one YAML. Plain constructor arguments.
 
-    def prepare(self, preprocessing: Preprocessing) -> None:  # noqa: B027 (may need nothing)
+    Attributes:
+        inputs: what its rows are, and how a model takes them.
+    """
+
+    inputs: ClassVar[type[Inputs]] = ImageInputs
+
+    def prepare(self, preprocessing: Any) -> None:  # noqa: B027 (may need nothing)
         """Download and decode once; safe when several processes start together.
 
         Args:
-            preprocessing: how larger or mixed-size images are resized to be stored.
+            preprocessing: what the backbone expects; of images, a `Preprocessing`: how larger ones,
+                or those of mixed sizes, are resized to be stored.
         """
 
     @abstractmethod
-    def load(self, preprocessing: Preprocessing) -> Splits:
+    def load(self, preprocessing: Any) -> Splits:
         """Open what `prepare(preprocessing)` wrote, without a copy."""
 
 
