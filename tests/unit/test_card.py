@@ -20,6 +20,7 @@ from markdown_it.token import Token
 from PIL import Image
 
 import graft
+from graft.commands.export import main as export
 from graft.config.names import visible
 from graft.deploy.card import write_card
 from graft.deploy.card_data import front_matter
@@ -62,6 +63,14 @@ def card(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rendered(card: Path) -> list[Token]:
     tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard.load(card).text)
     return [token for outer in tokens for token in (outer, *(outer.children or []))]
+
+
+def test_the_command_writes_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export([str(run), "--card", str(tmp_path / "card"), "--license", "mit"])
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'card' / 'README.md'}\n")
+    assert ModelCard.load(tmp_path / "card" / "README.md").data.license == "mit"
 
 
 def test_what_hubs_read_is_what_was_measured(run: Path, card: Path) -> None:

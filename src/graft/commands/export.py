@@ -1,4 +1,6 @@
-"""`graft export`: a run's model as one file that takes raw images, or its backbone's weights."""
+"""`graft export`: a run's model as one file that takes raw images, its backbone's weights alone, or
+its model card.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +49,12 @@ def main(arguments: Sequence[str]) -> None:
         metavar="FILE.safetensors",
         help="the backbone's weights alone, for backbone.weights=FILE of a next run",
     )
+    option(
+        "--card",
+        metavar="FOLDER",
+        help="a model card: README.md with the metadata that model hubs read, and its pictures",
+    )
+    option("--license", metavar="NAME", help="of the model, for --card: apache-2.0, mit, ...")
     add_trust(parser)
     given = parser.parse_args(arguments)
     try:
@@ -58,10 +66,22 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _export(given: argparse.Namespace) -> None:
+    alone = "card" if given.card else "backbone" if given.backbone else None
+    for name in ("format", "out", "mirror", "half", "int8", "backbone"):
+        if alone and name != alone and getattr(given, name):
+            raise ValueError(f"--{name} and --{alone} are two things: one command for each")
+    if given.license and not given.card:
+        raise ValueError("--license is for --card")
+    if given.card and given.ckpt != "best":
+        raise ValueError("--card is of the checkpoint that was tested: leave --ckpt out")
+    if given.card:
+        from graft.deploy.card import write_card
+        from graft.runs.startup import quiet_libraries
+
+        quiet_libraries()
+        print(write_card(given.run, place(given.card), license=given.license, force=given.force))
+        return
     if given.backbone:
-        for name in ("format", "out", "mirror", "half", "int8"):
-            if getattr(given, name):
-                raise ValueError(f"--{name} says how a model is exported, and --backbone no model")
         out = _new_file(place(given.backbone), ".safetensors", force=given.force)
     else:
         suffix = Path(given.out).suffix.removeprefix(".") if given.out else "onnx"

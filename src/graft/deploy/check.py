@@ -24,7 +24,8 @@ SIZES = {64: IMAGES, 7: 35, 1: 8}  # of batches, each with how many images
 class Comparison:
     """
     Attributes:
-        outputs, features: largest difference, relative to the largest value.
+        outputs, features: largest difference, relative to the largest value. Of probabilities it is
+            that of their logarithms, which are logits but for a constant.
         agreeing, clear: of the images whose first two classes differ by more than the tolerance
             (`clear`), how many have the same first class; of labels, how many of them.
     """
@@ -70,9 +71,10 @@ def _compared(reference: Model, model: Model, images: NDArray[np.uint8]) -> Comp
     a, b = reference.predict_rows(images), model.predict_rows(images)
     features = _difference(reference.embed_rows(images), model.embed_rows(images))
     clear, same = decisions(a, b, reference.spec)
-    return Comparison(
-        len(images), _difference(a, b), features, int((clear & same).sum()), int(clear.sum())
-    )
+    agreeing = int((clear & same).sum())
+    if reference.spec.output_kind != "numbers":
+        a, b = (np.log(np.maximum(p, 1e-30)) for p in (a, b))
+    return Comparison(len(images), _difference(a, b), features, agreeing, int(clear.sum()))
 
 
 def _difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -68,6 +68,8 @@ def predict_files(model: Model, paths: str | Path | Iterable[str | Path]) -> lis
 def _read(path: str | Path, spec: Spec) -> NDArray[np.uint8]:
     try:
         return read_image(Path(path), spec)
+    except (FileNotFoundError, PermissionError):
+        raise
     except Exception as error:  # PIL raises a dozen kinds
         raise ValueError(f"{path}: {reason(error)}") from error
 
