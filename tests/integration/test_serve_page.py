@@ -49,6 +49,9 @@ document.addEventListener('securitypolicyviolation', event => violations.push(ev
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logs = tmp_path_factory.mktemp("logs")
