@@ -58,7 +58,7 @@ def predict(
     first = next(batches, None)
     if first is None:
         return
-    readers = min(8, len(os.sched_getaffinity(0)))
+    readers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(readers) as pool:  # a single batch is soonest there so
         images = list(pool.map(partial(_read, spec=model.spec), first))
     yield _rows(first, images, compute)
