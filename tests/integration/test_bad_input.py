@@ -167,6 +167,10 @@ def test_what_a_class_does_not_take_is_said_before_data_is_read(
         (["transfer=ridge_probe", "optimizer.lr=0.1"], "optimizer.lr=0.1: this plan solves for"),
         ([*ADAMW, "optimizer.lr=0.1"], "optimizer.lr=0.1: every stage of this plan has its own"),
         ([*ADAMW, "optimizer.momentum=0.8"], "optimizer.momentum=0.8: every stage"),
+        (
+            ["transfer=linear_probe", "head=linear_grid", "optimizer.lr=0.1"],
+            "optimizer.lr=0.1: every stage of this plan has its own (probe)",
+        ),
         ([f"{STAGE}.scheduler={{warmup: 0.1}}", "scheduler.warmup=0"], "scheduler.warmup=0: every"),
         (
             [*ADAMW, f"{STAGE}.lr=0.2", f"{STAGE}.optimizer.lr=0.1"],

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from graft.config.conflicts import reaching_some
 from graft.config.resolved import CONFIGS
 from graft.config.stage import StageOptions
 from graft.models.heads import LinearHead
@@ -236,7 +237,7 @@ def test_stages_have_their_own_image_size_and_augmentation() -> None:
 
 def test_images_are_kept_large_enough_for_every_stage() -> None:
     config = compose(*TINY, "data.image_size=24", f"{STAGE}.image_size=40")
-    assert build(config)[1].stored.resize_size == 40
+    assert build(config)[1].stored_as.resize_size == 40
 
 
 def test_features_of_another_size_are_other_features(train_tiny: Train) -> None:
@@ -312,3 +313,22 @@ def test_a_stage_s_defaults_are_those_that_users_read() -> None:
     written = OmegaConf.to_container(OmegaConf.merge(base, {"epochs": 1}))
     of_the_run = dict.fromkeys(("lr", "weight_decay", "optimizer", "scheduler"))
     assert {**of_the_run, **vars(StageOptions(epochs=1))} == written
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        (["transfer=lp_ft", "optimizer.lr=0.01"], ["probe"]),
+        (["transfer=lp_ft", "head=linear_grid", "optimizer.lr=0.01"], ["probe"]),
+        (
+            ["transfer=lp_ft", "transfer.stages.finetune.lr=0.1", "optimizer.weight_decay=0"],
+            ["probe"],
+        ),
+        (["transfer=finetune", "optimizer.lr=0.01"], []),
+        (["transfer=lp_ft", "optimizer=adamw"], []),
+    ],
+)
+def test_what_reaches_some_stages_alone_is_said(overrides: list[str], stages: list[str]) -> None:
+    notes = [*reaching_some(compose(*overrides), overrides)]
+    expected = f"{overrides[-1]} does not reach {', '.join(stages)}: a value of its own comes first"
+    assert notes == ([expected] if stages else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,9 @@ def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | Non
         if key.startswith(("optimizer.lr", "scheduler.")) and solved:
             return f"{override}: this plan solves for its head, without steps"
         match key.split("."):
-            case ["optimizer" | "scheduler" as part, option, *_] if all(
-                _has_own(stage, part, option) for stage in stages
-            ):
+            case ["optimizer" | "scheduler" as part, option, *_] if len(
+                _with_own(plain, part, option)
+            ) == len(named):
                 return f"{override}: every stage of this plan has its own ({', '.join(named)})"
             case ["transfer", "stages", name, "optimizer", option] if (
                 named.get(name, {}).get(option) is not None
@@ -82,6 +82,23 @@ def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | Non
                 own = f"transfer.stages.{name}.{option}"
                 return f"{override}: {own} is set too and comes first: change that one"
     return None
+
+
+def reaching_some(plain: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """What is to be said of overrides that some stages of the plan have their own value for."""
+    for override in overrides:
+        match override.lstrip("+").partition("=")[0].split("."):
+            case ["optimizer" | "scheduler" as part, option] if own := _with_own(
+                plain, part, option
+            ):
+                yield f"{override} does not reach {', '.join(own)}: a value of its own comes first"
+
+
+def _with_own(plain: dict[str, Any], part: str, option: str) -> list[str]:
+    """The stages that take no notice of an option of the run's optimizer or scheduler."""
+    stages, grid = plain["transfer"]["stages"], plain["head"].get("grid") or {}
+    of_grid = next(iter(stages)) if part == "optimizer" and grid.get(option) else None
+    return [n for n, stage in stages.items() if n == of_grid or _has_own(stage, part, option)]
 
 
 def _has_own(stage: dict[str, Any], part: str, option: str) -> bool:

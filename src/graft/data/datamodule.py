@@ -75,7 +75,7 @@ class TransferDataModule(L.LightningDataModule):
             raise ValueError("data.resident=on and data.sample_transform exclude each other")
         self.source = source
         self.run_inputs = self.inputs = inputs  # a stage may have other ones
-        self.stored = inputs.to_store(stage_sizes)
+        self.stored_as = inputs.to_store(stage_sizes)
         self.resident = resident
         self.residents: dict[str, ResidentDataset] = {}
         self.processes = 1  # `build` knows how many; each has batches of `batch_size`
@@ -112,12 +112,12 @@ class TransferDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         if not self.splits:  # every stage's trainer asks again
-            self.source.prepare(self.stored)
+            self.source.prepare(self.stored_as)
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
-        loaded = self.loaded = self.source.load(self.stored)
+        loaded = self.loaded = self.source.load(self.stored_as)
         check_splits(loaded, type(self.source).__name__, self.run_inputs)
         if self.recorded is not None:
             self.classes = self.recorded.classes

@@ -128,7 +128,7 @@ def _show(board: TensorBoard, tag: str, image: Image.Image, step: int) -> None:
     board.experiment.add_image(visible(tag), np.asarray(image), step, dataformats="HWC")
 
 
-class Inputs(L.Callback):
+class LogInputs(L.Callback):
     """The first images of a stage as the network gets them, but for the normalisation."""
 
     def __init__(self, stage: str) -> None:

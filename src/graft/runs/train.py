@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.config.conflicts import reaching_some
 from graft.config.objects import make
 from graft.config.resolved import explain
 from graft.runs.startup import quiet_libraries
@@ -197,6 +198,8 @@ def train(
         report.print_start(module.backbone, module.head, datamodule, device, path)
         steps = any(stage.solver == "sgd" for stage in stages)
         for note in notes(datamodule, steps=steps, augments=[stage.augment for stage in stages]):
+            report.say(f"note: {note}")
+        for note in reaching_some(config, folder.record["overrides"]):
             report.say(f"note: {note}")
         params = tensorboard.hyperparameters(config, folder.record["choices"], stages, datamodule)
         tensorboard.log_start(config, params, folder.record["overrides"], loggers)

@@ -33,7 +33,7 @@ from graft.plan.stage import Stage
 from graft.tasks.base import Tally, Task
 from graft.training.grid import GridFit
 from graft.training.per_head import PerHead, grid_groups
-from graft.training.steps import mean_of_heads, take
+from graft.training.steps import mean_of_heads, take_steps
 
 
 class TransferModule(L.LightningModule):
@@ -129,7 +129,7 @@ class TransferModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if isinstance(batch, Steps):
-            take(self.trainer, batch, self.loss)
+            take_steps(self.trainer, batch, self.loss)  # the optimizer steps in there
             return None
         loss = self.loss(batch)
         # `self.log` takes as long as a step of a small head: it is called when something is due.

@@ -20,7 +20,7 @@ from graft.data.datasets import Batch
 from graft.data.loaders import Steps
 
 
-def take(trainer: Any, steps: Steps, loss_of: Callable[[Batch], Tensor]) -> None:
+def take_steps(trainer: Any, steps: Steps, loss_of: Callable[[Batch], Tensor]) -> None:
     """Train on each batch, as Lightning would."""
     module, device = trainer.lightning_module, trainer.strategy.root_device
     loop, log = trainer.fit_loop.epoch_loop, trainer._logger_connector

@@ -26,7 +26,7 @@ from graft.config.words import plural
 from graft.models.backbone import Backbone
 from graft.plan.stage import Stage
 from graft.reporting.report import EpochLines, say
-from graft.reporting.tensorboard import Inputs
+from graft.reporting.tensorboard import LogInputs
 from graft.training.build import processes
 from graft.training.checkpoint import AtomicCheckpointIO
 from graft.training.last_checkpoint import LastCheckpoint
@@ -58,7 +58,7 @@ MODULE_HOOKS = (
     "backward",
 )
 # Callbacks that will do with batches of several steps, whatever hooks they have.
-KNOWN = (LastCheckpoint, Inputs, LearningRateMonitor, RichProgressBar, EarlyStopping)
+KNOWN = (LastCheckpoint, LogInputs, LearningRateMonitor, RichProgressBar, EarlyStopping)
 
 
 def trainer_options(config: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def make_trainer(
     chosen = [*needed, *(make(c) for c in callbacks.values() if c)]
     chosen.append(RichProgressBar(leave=True) if terminal else EpochLines(monitor))
     if loggers:
-        chosen += [LearningRateMonitor(logging_interval="step"), Inputs(stage.name)]
+        chosen += [LearningRateMonitor(logging_interval="step"), LogInputs(stage.name)]
     strategy = options["strategy"]
     if strategy == "fsdp" and stage.trainable != "head":
         strategy = ShardedStrategy()
