@@ -190,6 +190,16 @@ def test_corruptions_are_a_table_that_gets_worse(graft: Graft, tuned: Path) -> N
     assert "gaussian_noise" in done.stdout
 
 
+def test_other_settings_are_kept_in_other_files() -> None:
+    several = [
+        Settings(), Settings(corruptions=[]), Settings(corruptions=["fog"]),
+        Settings(corruptions=["snow"]), Settings(corruptions=[], severities=[3]),
+        Settings(adapt="tent"), Settings(adapt="tent", batch_size=200), Settings(adapt="adabn"),
+    ]  # fmt: skip
+    assert len({settings.name for settings in several}) == len(several)
+    assert Settings(batch_size=7).name == Settings().name, "no result depends on it"
+
+
 def test_all_corruptions_are_the_fifteen_of_cifar_10_c() -> None:
     assert len(CORRUPTIONS) == 15
     assert all(len(parameters) == 5 for _, parameters in CORRUPTIONS.values())
@@ -216,6 +226,7 @@ def test_adaptation_helps_under_a_shift_and_leaves_the_run_as_it_was(
         (["--corruptions", "fogg"], "--corruptions fogg: unknown: did you mean fog?"),
         (["--corruptions", "fog", "--severities", "6"], "invalid choice: 6"),
         (["--adapt", "tents"], "invalid choice: 'tents'"),
+        (["--severities", "3"], "--severities is for --corruptions"),
     ],
 )
 def test_a_shift_or_method_that_there_is_not_is_one_line(

@@ -122,6 +122,39 @@ def test_tent_makes_predictions_surer_by_scales_and_shifts_alone(
     assert moved == affine
 
 
+def test_tent_goes_on_from_one_set_of_images_to_the_next(
+    backbone: Backbone, images: Tensor
+) -> None:
+    """Between two sets a test puts the model into evaluation mode."""
+    model = model_of(backbone)
+    through, stopped = Tent(copy.deepcopy(model)), Tent(copy.deepcopy(model))
+    first, second = images.split(12)
+    expected = [through(first), through(second)]
+    found = [stopped(first)]
+    stopped.model.eval()
+    found.append(stopped(second))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_tent_without_scales_to_learn_is_refused() -> None:
+    with pytest.raises(ValueError, match="no BatchNorm here has a scale"):
+        Tent(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)))
+
+
+def test_adabn_follows_into_the_head_and_sees_mirror_images(
+    backbone: Backbone, images: Tensor
+) -> None:
+    mirrored = copy.deepcopy(backbone)
+    mirrored.mirror = True
+    head = nn.BatchNorm1d(backbone.num_features, affine=False)
+    estimate_statistics(mirrored, [images], head)
+    estimate_statistics(backbone, [images, images.flip(3)])
+    for one, two in zip(statistics(mirrored), statistics(backbone), strict=True):
+        torch.testing.assert_close(one, two)
+    assert head.running_mean is not None
+    torch.testing.assert_close(head.running_mean, mirrored(images).mean(0), rtol=1e-4, atol=1e-5)
+
+
 def adabn(model: nn.Module, images: Tensor) -> None:
     estimate_statistics(model[0], [images])  # type: ignore[index]
 

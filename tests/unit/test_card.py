@@ -26,6 +26,7 @@ from graft.deploy.card import write_card
 from graft.deploy.card_data import front_matter
 from graft.deploy.card_facts import Facts, general
 from graft.deploy.markdown import code, escaped
+from graft.deploy.markdown import table as table_of
 from graft.runs.open import CONFIG
 from tests.unit.test_targets import table
 
@@ -244,6 +245,37 @@ def test_an_evaluation_of_earlier_weights_is_made_anew(run: Path, tmp_path: Path
     assert ModelCard.load(path).data.eval_results[0].metric_value != 0.123
 
 
+def test_an_evaluation_of_another_checkpoint_is_made_anew(run: Path, tmp_path: Path) -> None:
+    """A copied folder has other times: what the evaluation says of itself counts too."""
+    write_card(run, tmp_path / "first", examples=False)
+    copy = shutil.copytree(run, tmp_path / "run")
+    kept = copy / "eval/test.json"
+    changed = json.loads(kept.read_text())
+    changed["metrics"]["acc"] = 0.123
+    changed["epoch"] += 1
+    kept.write_text(json.dumps(changed))
+    path = write_card(copy, tmp_path / "card", examples=False)
+    assert ModelCard.load(path).data.eval_results[0].metric_value != 0.123
+
+
+def test_what_an_evaluation_notes_is_in_the_card(run: Path, tmp_path: Path) -> None:
+    write_card(run, tmp_path / "first", examples=False)
+    assert "neither trained nor chosen on" in (tmp_path / "first/README.md").read_text()
+    copy = shutil.copytree(run, tmp_path / "run")
+    kept = copy / "eval/test.json"
+    changed = json.loads(kept.read_text()) | {"notes": ["the data has changed since"]}
+    kept.write_text(json.dumps(changed))
+    text = write_card(copy, tmp_path / "card", examples=False).read_text()
+    assert "the data has changed since" in text
+    assert "neither trained nor chosen on" not in text
+
+
+def test_a_bar_in_code_ends_no_cell() -> None:
+    html = MarkdownIt("commonmark").enable("table").render(table_of(["a"], [[code("x|<img>|y")]]))
+    assert "<img>" not in html
+    assert html.count("<td") == 1
+
+
 @pytest.mark.parametrize("text", ["1. a", "# b", "- c", "+ d", "= e", "__f__", "~~g~~", "&amp;"])
 def test_a_text_stays_a_text(text: str) -> None:
     html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).renderInline(escaped(text))
@@ -286,6 +318,7 @@ def test_of_weights_only_what_others_know_is_said(
         ("+callbacks.own.file=/home/me/x", "+callbacks.own.file=PATH"),
         ("+callbacks.own={file: ~/x}", "+callbacks.own=PATH"),
         ("task.monitor=val/f1", "task.monitor=val/f1"),
+        ("+logger.wandb.api_key=abc", None),
     ],
 )
 def test_the_command_is_shown_without_paths(override: str, shown: str | None) -> None:

@@ -62,6 +62,14 @@ def test_an_image_is_corrupted_alike_alone_in_another_batch_and_again(name: str)
     assert torch.equal(images, photographs()), "the images given are left alone"
 
 
+@pytest.mark.parametrize("name", CORRUPTIONS)
+@pytest.mark.parametrize("shape", [(40, 60), (9, 5), (1, 1)])
+def test_images_of_any_shape_are_corrupted(name: str, shape: tuple[int, int]) -> None:
+    images = torch.full((2, 3, *shape), 90, dtype=torch.uint8)
+    for severity in (1, 5):
+        assert corrupt(images, torch.arange(2), name, severity).shape == images.shape
+
+
 def test_noise_differs_between_images() -> None:
     grey = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
     one, other = corrupt(grey, torch.tensor([0, 1]), "gaussian_noise", 1).float()

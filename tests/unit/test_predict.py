@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from pyarrow import parquet  # type: ignore[import-untyped]
 
 from graft.data.sources.decode import Reading
 from graft.deploy.files import KEY
+from graft.deploy.images import read_image
 from graft.deploy.listing import Paths
 from graft.deploy.predict import Given, Row, predict
+from graft.deploy.predictions import predict_files
 from graft.deploy.screen import Screen
 from graft.deploy.spec import Spec
 from graft.deploy.writers import WRITERS, Columns
@@ -129,6 +132,9 @@ def test_files_of_folders_that_are_no_images_are_counted(photos: Path) -> None:
     paths = Paths([str(photos), str(photos / "notes.txt")])
     assert [path for path, _ in paths][-1] == f"{photos}/notes.txt"  # named: taken at one's word
     assert paths.left_out == 1
+    pattern = Paths([str(photos.parent / "photo*")])
+    assert len([*pattern]) == 4
+    assert pattern.left_out == 1
 
 
 def test_a_list_on_standard_input(photos: Path) -> None:
@@ -205,6 +211,38 @@ def test_a_row_depends_on_its_own_image_alone(tmp_path: Path, batch_size: int) -
             np.testing.assert_array_equal(row.values, alone.values)
 
 
+def test_outputs_that_are_no_numbers_name_no_class(tmp_path: Path) -> None:
+    class Broken(Means):
+        def predict_rows(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            rows = super().predict_rows(images)
+            rows[images.mean((1, 2, 3)) == 85] = np.nan  # of red
+            return rows
+
+    red, white = (str(paint(tmp_path / f"{name}.png", name)) for name in ("red", "white"))
+    first, second = next(predict(Broken(), [(red, ""), (white, "")]))
+    assert first.values is None
+    assert "not finite" in first.error
+    assert second.values is not None
+    with pytest.raises(ValueError, match="not finite"):
+        predict_files(Broken(), [white, red])
+
+
+def test_what_is_queued_is_not_computed_after_an_end(tmp_path: Path) -> None:
+    model, path = Means(), str(paint(tmp_path / "a.png"))
+    rows = predict(model, ((path, "") for _ in range(1000)), batch_size=2)
+    next(rows)
+    next(rows)
+    rows.close()
+    assert len(model.shapes) < 50
+
+
+def test_a_small_square_goes_the_way_that_the_run_s_images_went(tmp_path: Path) -> None:
+    """Where what was stored is resized again: a small image is not resized once alone."""
+    path = paint(tmp_path / "a.png", size=(5, 5))
+    assert read_image(path, spec()).shape == (3, 5, 5)
+    assert read_image(path, replace(spec(), keeps_small=False)).shape == (3, 8, 8)
+
+
 def test_images_of_a_shape_are_one_call(tmp_path: Path) -> None:
     paths = [paint(tmp_path / f"{i}.png", size=(4 + i % 2,) * 2) for i in range(16)]
     model = Means()
@@ -227,7 +265,7 @@ def test_few_paths_are_taken_ahead_of_the_rows(tmp_path: Path) -> None:
     for done in range(1, 60):
         next(rows)
         ahead.append(taken - 4 * done)
-    rows.close()  # type: ignore[attr-defined]
+    rows.close()
     assert max(ahead) <= 4 * 2 * 8
     assert max(ahead[20:]) <= max(ahead[:20])
 

@@ -218,6 +218,13 @@ def test_images_that_grow_without_bounds_are_refused(serve: Serve) -> None:
     assert post(service, encoded(Image.new("L", (1000, 1000)))).status == 200
 
 
+def test_bytes_that_mark_a_scan_are_counted_in_a_jpeg_alone(serve: Serve) -> None:
+    """In other formats they are colours: here every pixel has them."""
+    image = Image.new("RGB", (60, 60), (0xFF, 0xDA, 0))
+    answer = post(serve(Fake()), encoded(image, "PPM"))
+    assert answer.status == 200
+
+
 def test_other_methods_and_paths_are_json_errors_and_head_works(serve: Serve) -> None:
     service = serve(Fake())
     answer = ask(service, "GET", "/predict")

@@ -66,6 +66,8 @@ def main(arguments: Sequence[str]) -> None:
     option("--limit", type=_positive, metavar="N", help="about N images, stratified")
     option("--batch-size", type=_positive, metavar="N", help="default: the run's")
     settings = vars(parser.parse_intermixed_args(arguments))
+    if settings["corruptions"] is None and settings["severities"] != Settings.severities:
+        parser.error("--severities is for --corruptions")
     folder = settings.pop("config_dir")
     if folder and not settings["data"]:
         parser.error("--config-dir is for --data")

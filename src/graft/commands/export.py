@@ -95,7 +95,7 @@ def _export(given: argparse.Namespace) -> None:
         words += ["mirror"] if given.mirror else []
         default = given.run / "export" / f"{'_'.join(words)}.{kind}"
         out = place(given.out) if given.out else default
-        if not given.out and given.run.is_dir():
+        if not given.out and (given.run / "run.json").is_file():
             default.parent.mkdir(exist_ok=True)
         out = _new_file(out, f".{kind}", force=given.force)
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -105,10 +105,8 @@ def _predict(settings: argparse.Namespace) -> str:
     progress = Progress(silent=on_screen)
     unreadable: list[Row] = []
     failed = 0
-    with _stopped_by_signals():
-        batches = predict(
-            model, paths, embeddings=settings.embeddings, batch_size=settings.batch_size
-        )
+    batches = predict(model, paths, embeddings=settings.embeddings, batch_size=settings.batch_size)
+    with _stopped_by_signals(), closing(batches):  # what is queued is not computed after an end
         first = next(batches, None)
         if first is None:
             places = ["standard input" if path == LIST else path for path in settings.paths]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from graft.deploy.predict import NOT_FINITE
 from graft.deploy.spec import Spec
 
 PUBLIC = ("run", "stage", "git_commit", "versions", "data", "metrics")  # of a model's provenance
@@ -16,7 +17,7 @@ PUBLIC = ("run", "stage", "git_commit", "versions", "data", "metrics")  # of a m
 def described(spec: Spec, outputs: NDArray[np.float32], top: int) -> dict[str, Any]:
     """What one row of a model's outputs says, by names."""
     if not np.isfinite(outputs).all():
-        return {"error": "the model's outputs for it are not finite numbers"}
+        return {"error": NOT_FINITE}
     values = [float(value) for value in outputs]
     if spec.output_kind == "numbers":
         return {"numbers": dict(zip(spec.classes, values, strict=True))}

@@ -135,7 +135,7 @@ def _of_images(run: Path, p: Predictions, facts: Facts) -> dict[str, tuple[Image
         report.say(f"note: the card shows no images: {error}")
         return {}
     split = evaluator.datamodule.splits["test"]
-    if len(split) != len(p):
+    if len(split) != len(p) or (split.labels[p.index] != p.label.numpy()).any():
         report.say("note: the card shows no images: the test images are not those of the test")
         return {}
     first = [int(rows[0]) for i in range(len(facts.model.classes)) if len(rows := _rows(p, i))]

@@ -10,8 +10,14 @@ from typing import Any
 from graft.config.overrides import PATHS, SEARCHPATH, is_path, key_of, path_of
 from graft.data.items import SplitRecord
 from graft.deploy.model import Deployed, load
-from graft.runs.evaluate import evaluate
-from graft.runs.open import checkpoint_path, damaged, read_overrides, read_run
+from graft.runs.evaluate import evaluate, stage_and_epoch
+from graft.runs.open import (
+    checkpoint_path,
+    damaged,
+    read_checkpoint,
+    read_overrides,
+    read_run,
+)
 from graft.storage.reading import read_json
 from graft.storage.run_json import read_record
 
@@ -50,9 +56,13 @@ class Facts:
         checkpoint = checkpoint_path(run, config, status, "best")
         model = load(run, device="cpu")
         kept = run / "eval" / "test.json"
-        if not (kept.is_file() and kept.stat().st_mtime >= checkpoint.stat().st_mtime):
+        result = read_json(kept) if kept.is_file() else {}
+        stage, epoch = stage_and_epoch(read_checkpoint(checkpoint))
+        tested = {"stage": stage, "epoch": epoch, "checkpoint": f"checkpoints/{stage}/best.ckpt"}
+        fresh = kept.is_file() and kept.stat().st_mtime >= checkpoint.stat().st_mtime
+        if not fresh or any(result.get(key) != value for key, value in tested.items()):
             evaluate(run)
-        result = read_json(kept)
+            result = read_json(kept)
         with damaged(kept):
             _check(result, model)
         record = read_record(run)
@@ -122,6 +132,8 @@ def general(override: str) -> str | None:
     """An override without a path of this machine; None if it is about nothing else."""
     key, _, value = override.partition("=")
     name = key_of(key)
+    if re.search(r"key|token|secret|password|passwd", name.rpartition(".")[2], re.IGNORECASE):
+        return None
     if name == SEARCHPATH:
         return f"{key}=[FOLDER]"
     if PATHS.fullmatch(key) and is_path(name, path_of(override)):

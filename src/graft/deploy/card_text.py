@@ -86,10 +86,13 @@ def _metrics(facts: Facts) -> str:
         low, high = bounds.get(name, (math.nan, math.nan))
         interval = f"{measured(name, low)} to {measured(name, high)}" if name in bounds else ""
         rows.append([escaped(NAMES.get(name, name)), measured(name, float(value)), interval])
+    notes = facts.result.get("notes") or []
+    held_out = "" if notes else " that the model was neither trained nor chosen on"
+    noted = "".join(f" Note: {escaped(note)}." for note in notes)
     return (
         table(["metric", "value", "95 % interval"], rows)
-        + f"\n\nOn {plural(facts.result['images'], 'test image')} that the model was neither "
-        "trained nor chosen on, with the weights of the best validation. The intervals are of "
+        + f"\n\nOn {plural(facts.result['images'], 'test image')}{held_out}, with the weights of "
+        f"the best validation.{noted} The intervals are of "
         "other images of the same kind (bootstrap); another training run would differ too, and "
         "that is not in them."
     )

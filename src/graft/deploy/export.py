@@ -83,6 +83,8 @@ def export(run: Path, out: Path, settings: Settings) -> Spec:
                 path.write_bytes(pack(spec))
             opened = [_open_own(path, out.suffix) for path in paths]
             _check(model, opened[0], images)
+            if not np.isfinite(opened[1].predict_rows(images[:64])).all():
+                raise ValueError(f"in {settings.precision} its outputs are not finite numbers")
             spec = _scored(opened, spec, settings.precision, data)
     with written_beside(out, packs[-1](spec)) as path:
         exported = _open_own(path, out.suffix)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from graft.config.overrides import is_path
 from graft.deploy.files import CONFIG, FEATURES, IMAGES, INSTALL, KEY, answer
 from graft.deploy.graph import Graph
 from graft.deploy.model import Deployed
@@ -105,6 +106,8 @@ def pack_weights(model: Deployed, config: dict[str, Any], *, half: bool = False)
     parts = {key: config[key] for key in ("backbone", "head", "task", "mirror", "seed")}
     parts["mirror"] = model.backbone.mirror
     parts["head"] = {**parts["head"], "grid": None}
+    if is_path("backbone.weights", parts["backbone"].get("weights")):  # of this machine
+        parts["backbone"] = {**parts["backbone"], "weights": None}
     state = {name: _plain(value, half=half) for name, value in model.state_dict().items()}
 
     def pack(spec: Spec) -> bytes:

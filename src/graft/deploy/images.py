@@ -36,7 +36,7 @@ def read_image(file: Path | BinaryIO, spec: Spec) -> NDArray[np.uint8]:
     high, wide = spec.stored.resized(height, width)
     if high * wide > spec.reading.max_megapixels * 1e6:
         raise ValueError(f"{width} x {height}: too long a strip, it is {wide} x {high} if resized")
-    if spec.input_size is None and width == height <= side:
+    if spec.keeps_small and spec.input_size is None and width == height <= side:
         return decode(file, width, None, spec.reading)
     return decode(file, side, spec.stored, spec.reading)
 

@@ -44,6 +44,7 @@ class Paths:
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """(path, why it is no file): what is given and cannot be read is not left out."""
+        self.left_out = 0
         for argument in self.arguments:
             if argument == LIST:
                 yield from self._of_list()

@@ -43,4 +43,6 @@ def literal(text: str) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Cells are Markdown already; the first `left` columns are aligned to the left."""
     ruler = [":--" if i < left else "--:" for i in range(len(header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows))
+    # A bar ends a cell, within code too.
+    lines = ([re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells] for cells in rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *lines))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from graft.data.items import SplitRecord
 from graft.data.sources.decode import Reading, as_range
 from graft.deploy.predictions import Prediction, predict_files
 from graft.deploy.spec import Spec, Threads
@@ -131,11 +132,16 @@ def load(
     data = config["data"]
     own = backbone.preprocessing.at(data.get("image_size"), data.get("resize_size"))
     sizes = [s["image_size"] for s in config["transfer"]["stages"].values() if s.get("image_size")]
+    stored = stored_form(own, sizes)
+    recorded = SplitRecord.read(run)
+    # Where a stage resizes again what was stored resized, a small image has to go both ways.
+    native = recorded is None or max(recorded.splits["train"].side) < stored.resize_size
     spec = Spec(
         classes=note["classes"],
         output_kind=module.task.output_kind,
-        stored=stored_form(own, sizes),
+        stored=stored,
         preprocessing=own.at(stage.image_size),
+        keeps_small=native or own.at(stage.image_size).resize_size == stored.resize_size,
         reading=_reading(data["source"], note.get("value_range")),
         provenance=_provenance(run, path, note["stage"]),
     )

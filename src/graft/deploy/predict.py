@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from graft.deploy.spec import Hastened, Model, Spec
 
 BATCH = 16  # images: their activations stay in a core's cache
 GPU_BATCH = 64
+NOT_FINITE = "the model's outputs for it are not finite numbers"
 AHEAD = 2  # batches per thread that are begun or waiting to be taken
 
 Given = tuple[str, str]
@@ -41,7 +42,7 @@ class Row:
 
 def predict(
     model: Model, paths: Iterable[Given], *, embeddings: bool = False, batch_size: int | None = None
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row]]:
     """A row for each path, in their order; paths are taken a few batches ahead of the rows.
 
     An image's row does not depend on the images around it, but for rounding.
@@ -128,5 +129,6 @@ def _rows(
     for places in shapes.values():
         values = compute(np.stack([np.asarray(images[i]) for i in places]))
         for i, row in zip(places, values, strict=True):
-            rows[i] = Row(given[i][0], row)
+            fine = bool(np.isfinite(row).all())
+            rows[i] = Row(given[i][0], row if fine else None, "" if fine else NOT_FINITE)
     return rows

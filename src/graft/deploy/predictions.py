@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft.deploy.images import read_image, reason
+from graft.deploy.predict import NOT_FINITE
 from graft.deploy.spec import Model, Spec
 
 BATCH = 64
@@ -61,7 +62,10 @@ def predict_files(model: Model, paths: str | Path | Iterable[str | Path]) -> lis
     while part := list(islice(given, BATCH)):
         images = [_read(path, model.spec) for path in part]
         outputs = _outputs(model, images)
-        found += [Prediction.of(p, row, model.spec) for p, row in zip(part, outputs, strict=True)]
+        for path, row in zip(part, outputs, strict=True):
+            if not np.isfinite(row).all():
+                raise ValueError(f"{path}: {NOT_FINITE}")
+            found.append(Prediction.of(path, row, model.spec))
     return found
 
 

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +36,11 @@ from graft.deploy.openapi import openapi
 from graft.deploy.requests import Limits, images_of, unless_gone
 from graft.deploy.spec import Model
 
+log = logging.getLogger(__name__)
+
 RETRY = {"Retry-After": "1"}
 # Decoding a progressive JPEG takes its number of scans times as long; encoders write about ten.
-SCAN, MOST_SCANS = b"\xff\xda", 200
+JPEG, SCAN, MOST_SCANS = b"\xff\xd8", b"\xff\xda", 200
 
 
 class Service:
@@ -142,7 +145,7 @@ class Service:
         """An image as the model takes it, or why it cannot be read."""
         try:
             content = file.read()
-            if content.count(SCAN) > MOST_SCANS:
+            if content.startswith(JPEG) and content.count(SCAN) > MOST_SCANS:
                 return f"a JPEG of more than {MOST_SCANS} scans"
             return read_image(io.BytesIO(content), self.spec)
         except MemoryError:
@@ -174,6 +177,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     known = isinstance(error, ModelError)
+    if not known:
+        log.error("a request failed", exc_info=error)
     return JSONResponse({"error": str(error) if known else "the server failed: see its log"}, 500)
 
 

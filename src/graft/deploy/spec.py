@@ -33,6 +33,7 @@ class Spec:
         preprocessing: what the model then does itself: resize, crop, normalisation.
         reading: how files become 8-bit RGB.
         input_size: (height, width) that images must have; None: any.
+        keeps_small: whether a square image smaller than `stored` makes it is left at its size.
         provenance: run, commit, versions, data digest, metrics: plain values.
     """
 
@@ -42,6 +43,7 @@ class Spec:
     preprocessing: Preprocessing
     reading: Reading
     input_size: tuple[int, int] | None = None
+    keeps_small: bool = True
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -59,6 +61,10 @@ class Spec:
                 )
             if values["output_kind"] not in KINDS:
                 raise ValueError(f"output_kind is {values['output_kind']!r}")
+            if not isinstance(values["classes"], list) or not isinstance(
+                values["provenance"], dict
+            ):
+                raise TypeError("a part is of another type")
             if not values["classes"] or not all(isinstance(c, str) for c in values["classes"]):
                 raise ValueError("classes are no list of names")
             for key in ("stored", "preprocessing"):
@@ -69,7 +75,13 @@ class Spec:
             size = values["input_size"]
             values["input_size"] = None if size is None else (int(size[0]), int(size[1]))
             return cls(**values)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            json.JSONDecodeError,
+        ) as error:
             raise ValueError(
                 f"its description is damaged ({type(error).__name__}: {error})"
             ) from error

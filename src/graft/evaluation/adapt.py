@@ -52,7 +52,9 @@ class _ReachedError(Exception):
 
 
 @torch.no_grad()
-def estimate_statistics(backbone: Backbone, batches: Sequence[Tensor]) -> None:
+def estimate_statistics(
+    backbone: Backbone, batches: Sequence[Tensor], head: nn.Module | None = None
+) -> None:
     """AdaBN: each BatchNorm's statistics become those of its inputs on all of `batches`.
 
     Exact, so that neither order nor size of the batches matters: layer by layer, each on what the
@@ -61,13 +63,21 @@ def estimate_statistics(backbone: Backbone, batches: Sequence[Tensor]) -> None:
 
     Args:
         batches: inputs of the backbone, as a test gives them to it.
+        head: what takes the features; its BatchNorms follow.
     """
     backbone.eval()
     states: list[Any] = list(batches)
+    if backbone.mirror:
+        states += [batch.flip(3) for batch in batches]
     for block in backbone.blocks:
         for norm in _in_order(block, states[0]):
             _take_moments(norm, block, states)
-        states = [block(state) for state in states]
+        for i, state in enumerate(states):  # in place of the one before: there may be many
+            states[i] = block(state)
+    if head is not None and batch_norms(head):
+        features = [backbone(batch) for batch in batches]
+        for norm in _in_order(head.eval(), features[0]):
+            _take_moments(norm, head, features)
 
 
 def _in_order(block: nn.Module, state: Any) -> list[nn.Module]:
@@ -120,10 +130,14 @@ class Tent:
             norm.train()
             norm.track_running_stats = False  # the batch's, and the running ones stay
             learning += [p.requires_grad_() for p in norm.parameters(recurse=False)]
+        if not learning:
+            raise ValueError("--adapt tent: no BatchNorm here has a scale and shift to learn")
         self.optimizer = torch.optim.Adam(learning, lr=lr)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(N, C) logits, before the step that these inputs cause."""
+        for norm in batch_norms(self.model):  # whatever a test has put it in since
+            norm.train()
         with torch.enable_grad():
             logits = self.model(inputs)
             log_p = logits.float().log_softmax(1)

@@ -133,7 +133,8 @@ class Evaluator:
         with nullcontext() if self.continual else kept(module):
             model: Any = module
             if self.adapt == "adabn":
-                estimate_statistics(module.backbone, [batch["input"] for batch in batches()])
+                inputs = [batch["input"] for batch in batches()]
+                estimate_statistics(module.backbone, inputs, module.head)
             else:
                 model = self.tent = (self.tent if self.continual else None) or Tent(module)
             with torch.no_grad():

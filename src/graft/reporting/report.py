@@ -209,7 +209,8 @@ def print_corruptions(result: Mapping[str, Any]) -> None:
         mean = sum(values) / len(values)
         table.add_row(name, *(f"{value:.2f}" for value in (*values, mean)))
     _print(table)
-    say(f"clean     {measured('acc', result['metrics']['acc'])}")
+    adapted = ", not adapted" if result["settings"].get("adapt") else ""
+    say(f"clean     {measured('acc', result['metrics']['acc'])}{adapted}")
     say(f"mean      {measured('acc', result['mean_acc'])} over all corruptions and severities")
 
 

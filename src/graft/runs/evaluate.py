@@ -69,10 +69,13 @@ class Settings:
         words += [f"limit{self.limit}"] if self.limit else []
         name = shortened("_".join(map(file_word, words)))
         given = [*self.data, *([self.ckpt] if self.ckpt not in ("best", "last") else [])]
-        given += self.corruptions or ()
-        given += map(str, self.severities) if self.severities != Settings.severities else ()
-        exact = [_with_whole_path(word) for word in given]
-        if len(exact) > 1 or any("/" in word for word in exact):
+        narrowed = [*(self.corruptions or ())]
+        if tuple(self.severities) != Settings.severities:
+            narrowed += map(str, self.severities)
+        if self.adapt and self.batch_size:  # on which Tent's result depends
+            narrowed.append(f"batch_size={self.batch_size}")
+        exact = [*map(_with_whole_path, given), *narrowed]
+        if narrowed or len(exact) > 1 or any("/" in word for word in exact):
             name += f"-{hashlib.sha256(chr(0).join(exact).encode()).hexdigest()[:6]}"
         return name
 
@@ -136,15 +139,14 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     datamodule = evaluator.datamodule
     datamodule.eval_batch_size = settings.batch_size or datamodule.eval_batch_size
     test, positions = evaluator.test_images(settings.limit)
-    stage = checkpoint["graft"]["stage"]
-    # Not its "epoch", which counts differently within an epoch and at its end; 0 of a solver.
-    epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]["started"]
+    stage, epoch = stage_and_epoch(checkpoint)
     device = describe_device(evaluator.options)
     where = settings.data[0] if settings.data else "the run's own test split"
     report.say(f"run       {run}" + (f" (status {status})" if status != "done" else ""))
     report.say(f"weights   {path.name} of stage {stage}, epoch {epoch}")
     report.say(f"data      {where}: {plural(len(test), 'image')}")
-    for note in notes(datamodule, record, other=bool(settings.data)):
+    said = [*notes(datamodule, record, other=bool(settings.data))]
+    for note in said:
         report.say(f"note      {note}")
     report.say(f"device    {device}")
 
@@ -158,6 +160,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
         "images": len(test),
         "classes": datamodule.classes,
         "device": device,
+        "notes": said,
     }
     if test.targets is not None:
         result |= measured_outputs(evaluator, test, positions, file, settings)
@@ -185,6 +188,13 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     (report.print_corruptions if settings.corruptions is not None else report.print_scores)(result)
     report.say(f"kept in   {file}")
     return result
+
+
+def stage_and_epoch(checkpoint: dict[str, Any]) -> tuple[str, int]:
+    """Which stage's, and after how many epochs: 0 of a solver."""
+    # Not its "epoch", which counts differently within an epoch and at its end.
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]["started"]
+    return checkpoint["graft"]["stage"], progress
 
 
 def measured_outputs(

@@ -7,7 +7,7 @@ images of the same shape, not yet clamped. Lengths are in px of a 32 px image, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -67,7 +67,8 @@ def defocus_blur(x: Tensor, index: Tensor, radius: float, smoothing: float) -> T
     edge = torch.exp(-(torch.arange(-1.0, 2.0) ** 2) / (2 * smoothing**2))
     edge = (edge[:, None] * edge)[None, None] / edge.sum() ** 2
     kernel = F.conv2d(disk[None, None] / disk.sum(), edge, padding=1)
-    padded = F.pad(x.flatten(0, 1)[:, None], [reach] * 4, mode="reflect")
+    beyond = "reflect" if min(x.shape[2:]) > reach else "replicate"
+    padded = F.pad(x.flatten(0, 1)[:, None], [reach] * 4, mode=beyond)
     return F.conv2d(padded, kernel).view_as(x)
 
 
@@ -116,14 +117,14 @@ def zoom_blur(x: Tensor, index: Tensor, most: float) -> Tensor:
 
 def _zoomed(x: Tensor, factor: float) -> Tensor:
     """The middle of each image, enlarged to its size."""
-    side = x.shape[3]
-    part = math.ceil(side / factor)
-    top = (side - part) // 2
-    middle = x[:, :, top : top + part, top : top + part]
-    size = round(part * factor)
-    large = F.interpolate(middle, size=(size, size), mode="bilinear", align_corners=True)
-    cut = (size - side) // 2
-    return large[:, :, cut : cut + side, cut : cut + side]
+    height, width = x.shape[2:]
+    rows, columns = (math.ceil(side / factor) for side in (height, width))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    middle = x[:, :, top : top + rows, left : left + columns]
+    size = (round(rows * factor), round(columns * factor))
+    large = F.interpolate(middle, size=size, mode="bilinear", align_corners=True)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return large[:, :, top : top + height, left : left + width]
 
 
 # ---------------------------------------------------------------- weather
@@ -149,22 +150,22 @@ def snow(
 
 def frost(x: Tensor, index: Tensor, kept: float, ice: float) -> Tensor:
     """Ridges of a fractal, pale blue, in place of the published photographs of ice."""
-    ridges = 1 - (2 * _fractal(index, x.shape[3], 1.7) - 1).abs()
+    ridges = 1 - (2 * _fractal(index, x.shape[2:], 1.7) - 1).abs()
     colour = torch.tensor([0.82, 0.92, 1.0])[:, None, None]
     return kept * x + ice * (0.35 + 0.65 * ridges[:, None] ** 2) * colour
 
 
 def fog(x: Tensor, index: Tensor, thickness: float, decay: float) -> Tensor:
     brightest = x.amax((1, 2, 3), keepdim=True)
-    veil = thickness * _fractal(index, x.shape[3], decay)[:, None]
+    veil = thickness * _fractal(index, x.shape[2:], decay)[:, None]
     return (x + veil) * brightest / (brightest + thickness)
 
 
-def _fractal(index: Tensor, side: int, decay: float) -> Tensor:
-    """(N, side, side) heights in [0, 1] by the diamond-square algorithm, which repeats at its
+def _fractal(index: Tensor, sides: Sequence[int], decay: float) -> Tensor:
+    """(N, *sides) heights in [0, 1] by the diamond-square algorithm, which repeats at its
     edges: the larger `decay`, the smoother.
     """
-    size = 1 << (side - 1).bit_length()
+    size = max(2, 1 << (max(sides) - 1).bit_length())
     u = 2 * _draw(index, 2, size, size) - 1  # of each point that is set, the square's or diamond's
     heights = torch.zeros(len(index), size, size)
     step, wobble = size, 100.0
@@ -185,7 +186,7 @@ def _fractal(index: Tensor, side: int, decay: float) -> Tensor:
         heights[:, odd, even] = mean(down, odd, even)
         step, wobble = half, wobble / decay
     heights -= heights.amin((1, 2), keepdim=True)
-    return (heights / heights.amax((1, 2), keepdim=True))[:, :side, :side]
+    return (heights / heights.amax((1, 2), keepdim=True))[:, : sides[0], : sides[1]]
 
 
 # ---------------------------------------------------------------- light, shape, storage
@@ -224,7 +225,7 @@ def elastic_transform(
 
 def pixelate(x: Tensor, index: Tensor, scale: float) -> Tensor:
     def coarse(image: Image.Image) -> Image.Image:
-        small = (int(image.width * scale), int(image.height * scale))
+        small = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
         box = Image.Resampling.BOX
         return image.resize(small, box).resize(image.size, box)
 
