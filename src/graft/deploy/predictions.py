@@ -6,18 +6,15 @@ Imports no torch: an exported model answers without it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.deploy.images import read_image, reason
-from graft.deploy.predict import NOT_FINITE
+from graft.deploy.predict import predict
 from graft.deploy.spec import Model, Spec
-
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -51,40 +48,19 @@ class Prediction:
 
 
 def predict_files(model: Model, paths: str | Path | Iterable[str | Path]) -> list[Prediction]:
-    """In their order; as few images as a batch are in memory at a time.
+    """In their order; few images are in memory at a time.
 
     Raises:
-        ValueError: a file that is no image that can be read; the message names it.
-        OSError: a file that is not there, or that may not be read.
+        ValueError: a file that cannot be read as an image; the message names it.
+        FileNotFoundError: a file that is not there.
     """
-    given = iter([paths] if isinstance(paths, str | Path) else paths)
+    given = [paths] if isinstance(paths, str | Path) else [*paths]
+    for path in given:
+        Path(path).stat()
     found: list[Prediction] = []
-    while part := list(islice(given, BATCH)):
-        images = [_read(path, model.spec) for path in part]
-        outputs = _outputs(model, images)
-        for path, row in zip(part, outputs, strict=True):
-            if not np.isfinite(row).all():
-                raise ValueError(f"{path}: {NOT_FINITE}")
-            found.append(Prediction.of(path, row, model.spec))
+    with closing(predict(model, ((str(path), "") for path in given))) as batches:
+        for row in (row for batch in batches for row in batch):
+            if row.values is None:
+                raise ValueError(f"{row.path}: {row.error}")
+            found.append(Prediction.of(given[len(found)], row.values, model.spec))
     return found
-
-
-def _read(path: str | Path, spec: Spec) -> NDArray[np.uint8]:
-    try:
-        return read_image(Path(path), spec)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # PIL raises a dozen kinds
-        raise ValueError(f"{path}: {reason(error)}") from error
-
-
-def _outputs(model: Model, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """One row for each image; those of one size are a batch."""
-    of_size: dict[tuple[int, ...], list[int]] = {}
-    for i, image in enumerate(images):
-        of_size.setdefault(image.shape, []).append(i)
-    rows: dict[int, NDArray[np.float32]] = {}
-    for places in of_size.values():
-        outputs = model.predict_rows(np.stack([images[i] for i in places]))
-        rows |= zip(places, outputs, strict=True)
-    return [rows[i] for i in range(len(images))]
