@@ -70,7 +70,7 @@ def test_the_command_writes_one(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export([str(run), "--card", str(tmp_path / "card"), "--license", "mit"])
-    assert capsys.readouterr().out.endswith(f"{tmp_path / 'card' / 'README.md'}\n")
+    assert capsys.readouterr().out.endswith(f"wrote     {tmp_path / 'card' / 'README.md'}\n")
     assert ModelCard.load(tmp_path / "card" / "README.md").data.license == "mit"
 
 

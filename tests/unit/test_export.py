@@ -399,10 +399,8 @@ def test_a_backbone_of_its_own_starts_a_next_run(run: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("convnext_tiny", 32), ("densenet121", 32), ("efficientnet_b0", 32),
-        ("mobilenet_v3_large", 32), ("regnet_y_400mf", 32), ("resnet18", 32), ("resnet50", 32),
-        ("squeezenet1_1", 32), ("swin_t", 32), ("vgg16_bn", 32), ("vit_b_16", 224),
-        ("timm backbone.model=resnet18", 32),
+        ("convnext_tiny", 32), ("efficientnet_b0", 32), ("mobilenet_v3_large", 32),
+        ("regnet_y_400mf", 32), ("resnet18", 32), ("squeezenet1_1", 32), ("swin_t", 32),
         ("timm backbone.model=vit_tiny_patch16_224", 224),
         ("timm backbone.model=tf_efficientnet_lite0", 32),
     ],

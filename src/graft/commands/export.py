@@ -79,7 +79,8 @@ def _export(given: argparse.Namespace) -> None:
         from graft.runs.startup import quiet_libraries
 
         quiet_libraries()
-        print(write_card(given.run, place(given.card), license=given.license, force=given.force))
+        path = write_card(given.run, place(given.card), license=given.license, force=given.force)
+        print(f"wrote     {path}")
         return
     if given.backbone:
         out = _new_file(place(given.backbone), ".safetensors", force=given.force)

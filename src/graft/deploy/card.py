@@ -52,7 +52,7 @@ def write_card(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: a card is a folder with {README} and its pictures")
     if (folder / README).exists() and not force:
-        raise ValueError(f"{folder / README} exists: name another folder, or replace it by force")
+        raise ValueError(f"{folder / README} exists: add --force (force=True) to replace it")
     facts = Facts.of(run)
     drawn: dict[str, tuple[Image.Image, str]] = {}
     if facts.kind == "classes":

@@ -135,7 +135,8 @@ class Embed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
+        # Not len(images), which an export takes for the number of images that it is shown.
+        tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1)
         return self.dropout(tokens + self.pos_embedding)
 
 
