@@ -24,7 +24,7 @@ from graft.models.backbone import Backbone
 from graft.models.heads import LinearHead
 from graft.models.resnet_cifar import EMBEDDED, resnet_cifar
 from graft.models.timm import timm_backbone
-from graft.models.torchvision import FAMILIES, torchvision_backbone
+from graft.models.torchvision import FAMILIES, Embed, torchvision_backbone
 from graft.plan.freeze import set_modes
 from graft.plan.param_groups import describe_groups, param_groups
 from tests.conftest import compose
@@ -506,3 +506,11 @@ def test_real_imagenet_weights_load_by_their_name(monkeypatch: pytest.MonkeyPatc
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         assert torch.allclose(backbone(images), penultimate(original, images), atol=1e-4)
+
+
+def test_tokens_of_a_vit_are_traced_for_any_number_of_images() -> None:
+    """len() of a tensor would be a constant: the number of images that a trace is shown."""
+    vit = models.VisionTransformer(32, 16, 1, 1, 8, 8)
+    shown, count = (torch.zeros(2, 3, 32, 32),), torch.export.Dim("count")
+    traced = torch.export.export(Embed(vit).eval(), shown, dynamic_shapes={"images": {0: count}})
+    assert traced.module()(torch.zeros(5, 3, 32, 32)).shape == (5, 5, 8)
