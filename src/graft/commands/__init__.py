@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -19,3 +22,16 @@ class Parser(argparse.ArgumentParser):
         if form and reason.startswith("expected"):
             message += f": write {form[1]}"
         sys.exit(f"graft: error: {message} (see {self.prog} --help)")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the process with one line for any error; HYDRA_FULL_ERROR=1 shows where it came from."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        from graft.config.resolved import explain  # brings Hydra along
+
+        sys.exit(f"graft: error: {explain(error)}")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from graft.commands import Parser
+from graft.commands import Parser, errors_in_one_line
 from graft.config.overrides import config_dir
-from graft.config.resolved import explain
 from graft.runs.allowed import add_trust
 from graft.runs.evaluate import Settings, evaluate
 
@@ -71,13 +68,9 @@ def main(arguments: Sequence[str]) -> None:
     folder = settings.pop("config_dir")
     if folder and not settings["data"]:
         parser.error("--config-dir is for --data")
-    try:
+    with errors_in_one_line():
         settings["data"] = [*settings["data"], *config_dir(folder)]
         evaluate(settings.pop("run"), Settings(**settings))
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        sys.exit(f"graft: error: {explain(error)}")
 
 
 def _positive(text: str) -> int:

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from graft.commands import Parser
+from graft.commands import Parser, errors_in_one_line
 from graft.config.overrides import place
-from graft.config.resolved import explain
 from graft.runs.trust import add_trust
 
 FORMATS = ("onnx", "pt2", "safetensors")
@@ -57,12 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     option("--license", metavar="NAME", help="of the model, for --card: apache-2.0, mit, ...")
     add_trust(parser)
     given = parser.parse_args(arguments)
-    try:
+    with errors_in_one_line():
         _export(given)
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        sys.exit(f"graft: error: {explain(error)}")
 
 
 def _export(given: argparse.Namespace) -> None:

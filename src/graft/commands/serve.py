@@ -6,10 +6,8 @@ import argparse
 import errno
 import ipaddress
 import math
-import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from graft.commands import Parser
+from graft.commands import Parser, errors_in_one_line
 from graft.config.names import visible
-from graft.config.resolved import explain
 from graft.config.words import plural
 from graft.deploy.artefact import open_model
 from graft.deploy.spec import Model
@@ -45,12 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     option("--device", metavar="D", help="cpu, cuda, ... (default: a GPU where there is one)")
     add_trust(parser)
     given = parser.parse_args(arguments)
-    try:
+    with errors_in_one_line():
         serve(given)
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        sys.exit(f"graft: error: {explain(error)}")
 
 
 def _count(text: str) -> int:
