@@ -20,7 +20,7 @@ BASE = [
     "trainer.checkpoint_every_n_steps=2", "trainer.log_every_n_steps=1", "optimizer.lr=0.05",
 ]  # fmt: skip
 MLP = ["head=mlp", "head.hidden=16", "head.dropout=0.3"]
-SECOND = "+transfer.stages.second={trainable: 2, epochs: 3, lr: 0.01, ema: 0.9, norm: train}"
+SECOND = "+transfer.stages.second={trainable: 2, epochs: 3, ema: 0.9, norm: train}"
 POLISH = (
     "+transfer.stages.polish={trainable: head, solver: lbfgs, augment: false, cache: on, lr: 1, "
     "epochs: 9, weight_decay: 0.01}"
