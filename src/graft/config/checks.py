@@ -114,6 +114,8 @@ CHECKS: dict[str, Check] = {
     "data.eval_batch_size": POSITIVE_INT,
     "data.image_size": or_null(SIDE),
     "data.resize_size": or_null(SIDE),
+    "data.length": or_null(POSITIVE_INT),
+    "data.mask": FRACTION,
     "data.augment": or_null(OBJECT),
     **{f"data.augment.{key}": check for key, check in AUGMENT.items()},
     "data.sample_transform": or_null(OBJECT),
@@ -218,7 +220,30 @@ _WEIGHTS = {
     "taps": or_null(either("all, or a list of names of blocks", TEXT, list_of(TEXT))),
     "pretrained": BOOL,
 }
+_TEXTS = {
+    **_WEIGHTS,
+    "model": or_null(TEXT),
+    "pooling": one_of("mean", "cls"),
+}
 ARGUMENTS: dict[str, dict[str, Check]] = {
+    "graft.models.huggingface.huggingface_backbone": {**_TEXTS, "dropout": or_null(BELOW_ONE)},
+    "graft.models.huggingface.bert_backbone": {
+        **_TEXTS,
+        "layers": up_to(1, 1000),
+        "width": up_to(1, 100_000),
+        "heads": up_to(1, 10_000),
+        "pieces": up_to(10, 10_000_000),
+        "length": up_to(8, 65_536),
+        "dropout": BELOW_ONE,
+        "tokenizer": or_null(("a file or a folder", TEXT[1])),
+    },
+    "graft.data.sources.texts.TextTable": {**_FOLDER, "text": TEXT, "label": TEXT},
+    "graft.data.sources.corpus.TextCorpus": {
+        **_FOLDER,
+        "held_out": FRACTION,
+        "copies": POSITIVE_INT,
+        "seed": SEED,
+    },
     "graft.models.resnet_cifar.resnet_cifar": {
         **_WEIGHTS,
         "depth": up_to(8, 2000),

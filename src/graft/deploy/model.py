@@ -123,9 +123,9 @@ def load(
     path = checkpoint_path(run, config, status, ckpt)
     checkpoint = read_checkpoint(path)
     note = checkpoint["graft"]
-    backbone = build_backbone(config["backbone"], pretrained=False)
-    if note.get("preprocessing") is not None:
-        backbone.preprocessing = backbone.preprocessing.with_own(note["preprocessing"])
+    backbone = build_backbone(
+        config["backbone"], pretrained=False, recorded=note.get("preprocessing")
+    )
     module = build_module(config, backbone, len(note["classes"]))
     stage, _ = restore(module, config, checkpoint, path)
     backbone.mirror |= mirror

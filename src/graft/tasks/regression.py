@@ -50,7 +50,7 @@ class Regression(Task):
             raise ValueError(f"task.loss={loss}: must be one of {', '.join(LOSSES)}")
         self.kind = loss
 
-    def build(self, num_outputs: int) -> None:
+    def build(self, num_outputs: int, backbone: Backbone) -> None:
         self.register_buffer("mean", torch.zeros(num_outputs))
         self.register_buffer("std", torch.ones(num_outputs))
 
