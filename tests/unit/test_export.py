@@ -13,9 +13,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import graft
 from graft.data.sources.decode import Reading
 from graft.deploy import export as exports
 from graft.deploy.artefact import OnnxModel, open_model
@@ -107,10 +109,15 @@ def test_the_graph_prepares_images_as_training_does(
 
 @pytest.mark.parametrize("kind", exports.FORMATS)
 def test_a_file_gives_what_the_run_gives(
-    run: Path, files: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+    run: Path, files: dict[str, Path], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAFT_TRUST", "tests,torch.export")
-    own, model = load(run, device="cpu"), open_model(files[kind], device="cpu")
+    own, model = load(run, device="cpu"), graft.load(files[kind], device="cpu")
+    image = tmp_path / "image.png"
+    Image.fromarray(images(1)[0].transpose(1, 2, 0)).save(image)
+    (expected,), (found,) = own.predict(image), model.predict(str(image))
+    assert found.label == expected.label
+    assert found.probability == pytest.approx(expected.probability, rel=1e-4)
     assert model.spec.classes == own.classes
     assert replace(model.spec, provenance={}) == replace(own.spec, provenance={})
     assert model.spec.provenance["exported"]["format"] == kind

@@ -28,7 +28,7 @@ from graft.deploy.files import KEY
 from graft.deploy.images import read_image
 from graft.deploy.listing import Paths
 from graft.deploy.predict import Given, Row, predict
-from graft.deploy.predictions import predict_files
+from graft.deploy.predictions import PythonModel
 from graft.deploy.screen import Screen
 from graft.deploy.spec import Spec
 from graft.deploy.writers import WRITERS, Columns
@@ -44,7 +44,7 @@ def spec(kind: str = "classes", classes: list[str] = CLASSES) -> Spec:
     return Spec(classes, kind, form, form, Reading(max_megapixels=1))  # type: ignore[arg-type]
 
 
-class Means:
+class Means(PythonModel):
     """A model whose outputs are the means of the channels, as shares of their sum."""
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ def test_outputs_that_are_no_numbers_name_no_class(tmp_path: Path) -> None:
     assert "not finite" in first.error
     assert second.values is not None
     with pytest.raises(ValueError, match="not finite"):
-        predict_files(Broken(), [white, red])
+        Broken().predict([white, red])
 
 
 def test_what_is_queued_is_not_computed_after_an_end(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_a_class_of_which_nothing_is_recognised_is_named() -> None:
     assert scores.lowest_recall(p, ["often", "rare"]) == "0 % for 1 of 2 classes: rare (1 image)"
     p = made_of([0, 0, 0, 1, 1], [0, 0, 0, 0, 1])
     assert scores.lowest_recall(p, ["a", "b", "none"]) == "lowest 50.00 % for b (2 images)"
+    assert scores.lowest_recall(made_of([0, 1], [0, 1]), ["a", "b"]) == "100 % for every class"
 
 
 def test_what_a_class_is_most_often_taken_for() -> None:

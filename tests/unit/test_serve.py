@@ -456,6 +456,22 @@ def test_what_waits_is_cancelled_when_the_server_closes() -> None:
     assert batcher.submit(images[0]).cancelled()
 
 
+def test_an_image_that_fails_takes_no_other_with_it() -> None:
+    model = Fake()
+    model.gate.clear()
+    batcher = Batcher(model, 4)
+    images = [np.zeros((3, 2, 2), np.uint8) for _ in range(3)]
+    images[1][2] = 255
+    first = batcher.submit(images[0])
+    assert model.started.wait(30)
+    good, bad = batcher.submit(images[0]), batcher.submit(images[1])  # one batch, after the first
+    model.gate.set()
+    assert first.result(30).tolist() == good.result(30).tolist() == [0, 0, 0.25]
+    with pytest.raises(ModelError):
+        bad.result(30)
+    batcher.close()
+
+
 def test_a_model_that_loses_rows_fails() -> None:
     model = Fake()
     model.predict_rows = lambda images: np.zeros((0, 3), np.float32)  # type: ignore[method-assign]

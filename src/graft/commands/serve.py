@@ -36,9 +36,13 @@ def main(arguments: Sequence[str]) -> None:
     option("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     option("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     option("--top", type=_count, default=5, metavar="K", help="classes per answer (default: 5)")
-    option("--max-megabytes", type=_amount, default=10, metavar="MB", help="of a request")
-    option("--timeout", type=_amount, default=30, metavar="SECONDS", help="of a request")
-    option("--batch-size", type=_count, default=32, metavar="N", help="most images run together")
+    option(
+        "--max-megabytes", type=_amount, default=10, metavar="MB", help="of a request (default: 10)"
+    )
+    option(
+        "--timeout", type=_amount, default=30, metavar="SECONDS", help="of a request (default: 30)"
+    )
+    option("--batch-size", type=_count, default=32, metavar="N", help="run together (default: 32)")
     option("--device", metavar="D", help="cpu, cuda, ... (default: a GPU where there is one)")
     add_trust(parser)
     given = parser.parse_args(arguments)

@@ -22,12 +22,12 @@ from graft.deploy.files import (
     foreign,
     read_spec,
 )
-from graft.deploy.spec import Model
+from graft.deploy.predictions import PythonModel
 
 
 def open_model(
-    path: Path, *, ckpt: str = "best", mirror: bool = False, device: str | None = None
-) -> Model:
+    path: str | Path, *, ckpt: str = "best", mirror: bool = False, device: str | None = None
+) -> PythonModel:
     """The model of a run folder or of an exported file (.onnx, .pt2, .safetensors).
 
     Args:
@@ -37,6 +37,7 @@ def open_model(
     Raises:
         ValueError: it is neither, damaged, of a newer version, or could run code.
     """
+    path = Path(path)
     if path.is_dir():
         from graft.deploy.model import load
 
@@ -56,7 +57,7 @@ def open_model(
     return OPEN[path.suffix](path, device)
 
 
-class OnnxModel:
+class OnnxModel(PythonModel):
     """An ONNX file of `graft export`, run by onnxruntime."""
 
     def __init__(self, path: Path, device: str | None = None) -> None:
@@ -107,19 +108,19 @@ def _providers(device: str | None) -> list[str]:
     return [*([gpu] if has_gpu and device != "cpu" else []), "CPUExecutionProvider"]
 
 
-def _open_pt2(path: Path, device: str | None) -> Model:
+def _open_pt2(path: Path, device: str | None) -> PythonModel:
     from graft.deploy.torch_files import ProgramModel
 
     return ProgramModel(path, device)
 
 
-def _open_safetensors(path: Path, device: str | None) -> Model:
+def _open_safetensors(path: Path, device: str | None) -> PythonModel:
     from graft.deploy.torch_files import open_safetensors
 
     return open_safetensors(path, device)
 
 
-OPEN: dict[str, Callable[[Path, str | None], Model]] = {
+OPEN: dict[str, Callable[[Path, str | None], PythonModel]] = {
     ".onnx": OnnxModel,
     ".pt2": _open_pt2,
     ".safetensors": _open_safetensors,

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class ModelError(Exception):
-    """The model failed on a batch; why is in the log, which clients do not see."""
+    """The model failed on an image; why is in the log, which clients do not see."""
 
 
 class Batcher:
@@ -92,11 +92,14 @@ class Batcher:
             if len(outputs) != len(images):
                 raise ValueError(f"{len(outputs)} rows of outputs for {len(images)} images")
         except Exception as error:  # of any kind: other requests are still to be answered
-            log.exception("the model failed on a batch of %d", len(images))
-            for future in futures:
-                failure = ModelError("the model failed on this image: the server's log says why")
-                failure.__cause__ = error
-                future.set_exception(failure)
+            if len(batch) > 1:  # memory for one there may be, or one alone is at fault
+                for job in batch:
+                    self._predict([job])
+                return
+            log.exception("the model failed on an image")
+            failure = ModelError("the model failed on this image: the server's log says why")
+            failure.__cause__ = error
+            futures[0].set_exception(failure)
         else:
             for future, row in zip(futures, outputs, strict=True):
                 future.set_result(row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.data.items import SplitRecord
 from graft.data.sources.decode import Reading, as_range
-from graft.deploy.predictions import Prediction, predict_files
+from graft.deploy.predictions import PythonModel
 from graft.deploy.spec import Spec, Threads
 from graft.evaluation.evaluator import restore
 from graft.features.prefix import FrozenPrefix, single_thread
@@ -27,7 +27,7 @@ from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import stored_form
 
 
-class Deployed(nn.Module):
+class Deployed(nn.Module, PythonModel):
     """Preprocessing, backbone, head and the task's last step in one module, in evaluation mode."""
 
     def __init__(self, spec: Spec, backbone: Backbone, head: nn.Module, task: Task) -> None:
@@ -37,10 +37,6 @@ class Deployed(nn.Module):
         self.prepare = Prepare(spec.preprocessing)
         self.requires_grad_(False)
         self.eval()
-
-    @property
-    def classes(self) -> list[str]:
-        return self.spec.classes
 
     @property
     def device(self) -> torch.device:
@@ -68,15 +64,6 @@ class Deployed(nn.Module):
                 "uint8 RGB as images are stored, and preprocesses them itself"
             )
         return self.prepare(images)
-
-    def predict(self, paths: str | Path | Iterable[str | Path]) -> list[Prediction]:
-        """Of image files, in their order.
-
-        Raises:
-            ValueError: a file that is no image that can be read; the message names it.
-            OSError: a file that is not there, or that may not be read.
-        """
-        return predict_files(self, paths)
 
     @torch.inference_mode()
     def predict_rows(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

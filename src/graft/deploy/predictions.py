@@ -47,20 +47,27 @@ class Prediction:
         return cls(path, label, named[label], named, {})
 
 
-def predict_files(model: Model, paths: str | Path | Iterable[str | Path]) -> list[Prediction]:
-    """In their order; few images are in memory at a time.
+class PythonModel(Model):
+    """What every model offers who calls it from Python."""
 
-    Raises:
-        ValueError: a file that cannot be read as an image; the message names it.
-        FileNotFoundError: a file that is not there.
-    """
-    given = [paths] if isinstance(paths, str | Path) else [*paths]
-    for path in given:
-        Path(path).stat()
-    found: list[Prediction] = []
-    with closing(predict(model, ((str(path), "") for path in given))) as batches:
-        for row in (row for batch in batches for row in batch):
-            if row.values is None:
-                raise ValueError(f"{row.path}: {row.error}")
-            found.append(Prediction.of(given[len(found)], row.values, model.spec))
-    return found
+    @property
+    def classes(self) -> list[str]:
+        return self.spec.classes
+
+    def predict(self, paths: str | Path | Iterable[str | Path]) -> list[Prediction]:
+        """Of image files, in their order; few images are in memory at a time.
+
+        Raises:
+            ValueError: a file that is no image that can be read; the message names it.
+            OSError: a file that is not there, or that may not be read.
+        """
+        given = [paths] if isinstance(paths, str | Path) else [*paths]
+        for path in given:
+            Path(path).stat()
+        found: list[Prediction] = []
+        with closing(predict(self, ((str(path), "") for path in given))) as batches:
+            for row in (row for batch in batches for row in batch):
+                if row.values is None:
+                    raise ValueError(f"{row.path}: {row.error}")
+                found.append(Prediction.of(given[len(found)], row.values, self.spec))
+        return found

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from graft.deploy.files import CONFIG, KEY, check_size, foreign, read_spec
 from graft.deploy.model import Deployed
+from graft.deploy.predictions import PythonModel
 from graft.models.weights import check_finite, load_state
 from graft.runs.open import damaged
 from graft.runs.trust import require_trusted, trusts
@@ -24,7 +25,7 @@ from graft.training.build import build_backbone, build_module
 PROGRAM = "torch.export"  # what is trusted where a .pt2 file is
 
 
-class ProgramModel:
+class ProgramModel(PythonModel):
     """A .pt2 file of `graft export`.
 
     Args:

@@ -110,6 +110,8 @@ def lowest_recall(p: Predictions, classes: Sequence[str]) -> str:
         names = ", ".join(map(named, none[:5])) + (", ..." if len(none) > 5 else "")
         return f"0 % for {len(none):,} of {len(there):,} classes: {names}"
     worst = there[(right[there] / images[there]).argmin()]
+    if right[worst] == images[worst]:
+        return "100 % for every class"
     return f"lowest {100 * right[worst] / images[worst]:.2f} % for {named(worst)}"
 
 
