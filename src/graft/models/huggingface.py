@@ -24,7 +24,7 @@ State = tuple[Tensor, Tensor]
 Blocks = dict[str, nn.Module]
 Pooling = Literal["mean", "cls"]
 LAYERS = ("encoder.layer", "transformer.layer", "layers")
-"""Where models that begin with `embeddings` have their layers: BERT and its kind, DistilBERT, ..."""
+"""Where models that begin with `embeddings` have their layers: BERT, DistilBERT, ModernBERT."""
 SPARED = ("position_embeddings", "token_type_embeddings", "relative_attention_bias")
 
 
@@ -246,9 +246,9 @@ def _config(architecture: str) -> PretrainedConfig:
 def _set_dropout(config: PretrainedConfig, dropout: float) -> None:
     """By the names that BERT, DistilBERT and ModernBERT have for it."""
     for key in vars(config):
-        if key in ("dropout", "attention_dropout") or key.endswith(("dropout_prob", "_dropout")):
-            if isinstance(getattr(config, key), float | int):
-                setattr(config, key, dropout)
+        named = key == "dropout" or key.endswith(("dropout_prob", "_dropout"))
+        if named and isinstance(getattr(config, key), float | int):
+            setattr(config, key, dropout)
 
 
 def _preprocessing(tokenizer: Any, config: PretrainedConfig, name: str) -> TextPreprocessing:

@@ -16,6 +16,7 @@ from graft.models.backbone import Backbone
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+OutputKind = Literal["classes", "labels", "numbers"]
 Reduce = Callable[[Tensor], Tensor]  # the sum over ranks
 
 
@@ -80,7 +81,7 @@ class Task(nn.Module, ABC):
 
     streams: tuple[str, ...] = ("train",)
     classifies = False
-    output_kind: Literal["classes", "labels", "numbers"] = "numbers"
+    output_kind: OutputKind = "numbers"
 
     def __init__(
         self, *, monitor: str, mode: str, metrics: Mapping[str, Metric] | None = None

@@ -22,9 +22,9 @@ class PretrainBert(Task):
     """Masked-language and next-sentence losses, added (Devlin et al. 2019, section 3.1).
 
     The run's head says which texts follow each other. Hidden tokens are predicted by a layer of the
-    task's own and the encoder's embeddings, whose weights it shares. The masked loss of a row is the
-    mean over its hidden tokens, that of a batch the mean over rows, so that ranks and accumulated
-    batches add up to what one large batch gives.
+    task's own and the encoder's embeddings, whose weights it shares. The masked loss of a row is
+    the mean over its hidden tokens, that of a batch the mean over rows, so that ranks and
+    accumulated batches add up to what one large batch gives.
 
     Metrics are those of next sentence (`acc`, `next_loss`), of hidden tokens (`masked_acc`,
     `masked_loss`, each token counting alike), and `loss`, their sum.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graft.data.datasets import Batch
+from graft.models.backbone import Backbone
 from graft.tasks.base import Model, Tally, Task, as_wide
 
 if TYPE_CHECKING:

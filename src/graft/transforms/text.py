@@ -55,7 +55,7 @@ class TextPreprocessing:
         try:
             return replace(self, **values)
         except TypeError as error:
-            raise ValueError(f"backbone.preprocessing: of texts there is no such thing: {error}")
+            raise ValueError(f"backbone.preprocessing: texts have none of it: {error}") from error
 
     def at(self, length: int | None) -> TextPreprocessing:
         """The same for texts of another length.
@@ -110,7 +110,7 @@ def read_tokenizer(text: str) -> Tokenizer:
 
 
 class PrepareTokens(nn.Module):
-    """int32 rows (N, T) -> (ids, mask, types), each (N, t): the longest text of the batch decides t.
+    """int32 rows (N, T) -> (ids, mask, types), each (N, t), t being the longest text's length.
 
     ids and types are int64, the mask is true where there is text; the type is 1 after the first
     separator, in the second text of a pair.
