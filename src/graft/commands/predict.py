@@ -34,7 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="graft predict",
         description="What a model says of images or texts, a row for each: the class, its "
-        "probability, and those of all classes (p_CLASS); labels above one half; or the predicted numbers.",
+        "probability, and those of all classes (p_CLASS); labels above one half; or the predicted "
+        "numbers.",
         epilog=f"Without --out, up to {FEW} images are printed as a table on a terminal; more, and "
         "everything that is piped, as CSV. Images that cannot be read are rows with an error; the "
         "exit status is then 1.",

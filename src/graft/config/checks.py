@@ -45,6 +45,15 @@ def _is_monitor(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"val/[\w-]+", value) is not None
 
 
+def _is_architecture(value: Any) -> bool:
+    plain = (str, int, float, type(None))
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("model_type"), str)
+        and all(isinstance(v, plain) for v in value.values())
+    )
+
+
 AUGMENT: dict[str, Check] = {
     "shift": BELOW_ONE,
     "flip": PROBABILITY,
@@ -220,22 +229,14 @@ _WEIGHTS = {
     "taps": or_null(either("all, or a list of names of blocks", TEXT, list_of(TEXT))),
     "pretrained": BOOL,
 }
-_TEXTS = {
-    **_WEIGHTS,
-    "model": or_null(TEXT),
-    "pooling": one_of("mean", "cls"),
-}
 ARGUMENTS: dict[str, dict[str, Check]] = {
-    "graft.models.huggingface.huggingface_backbone": {**_TEXTS, "dropout": or_null(BELOW_ONE)},
-    "graft.models.huggingface.bert_backbone": {
-        **_TEXTS,
-        "layers": up_to(1, 1000),
-        "width": up_to(1, 100_000),
-        "heads": up_to(1, 10_000),
-        "pieces": up_to(10, 10_000_000),
-        "length": up_to(8, 65_536),
-        "dropout": BELOW_ONE,
+    "graft.models.huggingface.huggingface_backbone": {
+        **_WEIGHTS,
+        "model": or_null(TEXT),
+        "architecture": ("a config of transformers, with a model_type", _is_architecture),
         "tokenizer": or_null(("a file or a folder", TEXT[1])),
+        "pooling": one_of("mean", "cls"),
+        "dropout": or_null(BELOW_ONE),
     },
     "graft.data.sources.texts.TextTable": {**_FOLDER, "text": TEXT, "label": TEXT},
     "graft.data.sources.corpus.TextCorpus": {
