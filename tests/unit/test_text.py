@@ -199,7 +199,7 @@ def test_the_losses_of_pretraining(corpus: Path) -> None:
     task.build(2, backbone)
     batch = MaskedInputs(backbone.preprocessing).evaluated(masked_batch(backbone, rows=8))
     tokens = backbone.maps(batch["input"])
-    logits = task.transform(tokens) @ backbone.blocks[0].pieces.T + task.bias  # type: ignore[operator]
+    logits = task.transform(tokens) @ backbone.blocks[0].pieces.T + task.bias
     rows = [
         F.cross_entropy(logits[i][masked >= 0], masked[masked >= 0])
         for i, masked in enumerate(batch["masked"])

@@ -58,8 +58,8 @@ def train_wordpiece(files: Sequence[Path], pieces: int) -> str:
         raise ValueError(f"backbone.tokenizer: no text in {', '.join(map(str, files))}")
     if pieces <= len(SPECIAL) + 2 * len(letters):
         raise ValueError(
-            f"backbone.pieces={pieces}: too few: the texts have {len(letters)} letters, each of "
-            "which is two pieces"
+            f"backbone.architecture.vocab_size={pieces}: too few: the texts have {len(letters)} "
+            "letters, each of which is two pieces"
         )
     trainer = WordPieceTrainer(
         vocab_size=pieces,
