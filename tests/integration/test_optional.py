@@ -25,6 +25,16 @@ OPTIONAL = {
         "src/graft/data/sources/table.py", "configs/task/multilabel.yaml",
         "configs/task/regression.yaml", "configs/data/image_table.yaml",
     ),
+    "text": (
+        "src/graft/transforms/text.py", "src/graft/data/sources/texts.py",
+        "src/graft/data/sources/corpus.py", "src/graft/models/huggingface.py",
+        "src/graft/models/text_blocks.py", "src/graft/models/tokenizer.py",
+        "src/graft/tasks/pretrain_bert.py", "src/graft/deploy/texts.py",
+        "configs/data/text_csv.yaml", "configs/data/text_corpus.yaml",
+        "configs/backbone/huggingface.yaml", "configs/backbone/bert.yaml",
+        "configs/task/pretrain_bert.yaml", "configs/experiment/pretrain_bert.yaml",
+        "configs/experiment/text_finetune.yaml",
+    ),
     "timm": ("src/graft/models/timm.py", "configs/backbone/timm.yaml"),
     "trackers": (
         "src/graft/reporting/trackers.py",

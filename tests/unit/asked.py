@@ -13,6 +13,7 @@ class Asked:
     """A model that has been asked already: its outputs are in the batch."""
 
     backbone: Any = None
+    head: Any = None
 
     def outputs(self, batch: Batch) -> Tensor:
         return batch["outputs"]

@@ -45,6 +45,15 @@ def _is_monitor(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"val/[\w-]+", value) is not None
 
 
+def _is_architecture(value: Any) -> bool:
+    plain = (str, int, float, type(None))
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("model_type"), str)
+        and all(isinstance(v, plain) for v in value.values())
+    )
+
+
 AUGMENT: dict[str, Check] = {
     "shift": BELOW_ONE,
     "flip": PROBABILITY,
@@ -114,6 +123,8 @@ CHECKS: dict[str, Check] = {
     "data.eval_batch_size": POSITIVE_INT,
     "data.image_size": or_null(SIDE),
     "data.resize_size": or_null(SIDE),
+    "data.length": or_null(POSITIVE_INT),
+    "data.mask": FRACTION,
     "data.augment": or_null(OBJECT),
     **{f"data.augment.{key}": check for key, check in AUGMENT.items()},
     "data.sample_transform": or_null(OBJECT),
@@ -219,6 +230,21 @@ _WEIGHTS = {
     "pretrained": BOOL,
 }
 ARGUMENTS: dict[str, dict[str, Check]] = {
+    "graft.models.huggingface.huggingface_backbone": {
+        **_WEIGHTS,
+        "model": or_null(TEXT),
+        "architecture": ("a config of transformers, with a model_type", _is_architecture),
+        "tokenizer": or_null(("a file or a folder", TEXT[1])),
+        "pooling": one_of("mean", "cls"),
+        "dropout": or_null(BELOW_ONE),
+    },
+    "graft.data.sources.texts.TextTable": {**_FOLDER, "text": TEXT, "label": TEXT},
+    "graft.data.sources.corpus.TextCorpus": {
+        **_FOLDER,
+        "held_out": FRACTION,
+        "copies": POSITIVE_INT,
+        "seed": SEED,
+    },
     "graft.models.resnet_cifar.resnet_cifar": {
         **_WEIGHTS,
         "depth": up_to(8, 2000),

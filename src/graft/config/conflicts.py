@@ -10,6 +10,7 @@ from typing import Any
 from graft.config.overrides import is_path
 
 IMAGE_FOLDER = "graft.data.sources.folder.ImageFolder"
+PRETRAIN_BERT = "graft.tasks.pretrain_bert.PretrainBert"
 PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
 
 # Callbacks of Lightning's that have no place in a run, and what has.
@@ -163,6 +164,8 @@ def _grid_problem(plain: dict[str, Any]) -> str | None:
             f"head.grid: the first stage, {name}, trains more than the head, and heads can't share "
             "that: use transfer=linear_probe, or a plan that starts with trainable: head"
         )
+    if plain["task"]["_target_"] == PRETRAIN_BERT:
+        return "head.grid: task=pretrain_bert trains one head: set head.grid=null"
     if stage.get("solver", "sgd") != "sgd":
         return f"head.grid: transfer.stages.{name}.solver={stage['solver']} solves for one head"
     own = stage.get("augment", True)
@@ -189,7 +192,8 @@ def _task_problem(plain: dict[str, Any]) -> str | None:
     for name, stage in plain["transfer"]["stages"].items():
         if stage.get("label_smoothing") is not None and "label_smoothing" not in task:
             return f"transfer.stages.{name}.label_smoothing: this task has none"
-    if task["mode"] == "max" and task["monitor"].rpartition("/")[2] in ("loss", "mae", "rmse"):
+    measured = task["monitor"].rpartition("/")[2]
+    if task["mode"] == "max" and (measured in ("mae", "rmse") or measured.endswith("loss")):
         return f"task.monitor={task['monitor']}: smaller is better: set task.mode=min"
     return None
 
@@ -230,6 +234,8 @@ def _sharding_problem(plain: dict[str, Any]) -> str | None:
     trainer = plain["trainer"]
     if trainer.get("strategy") != "fsdp":
         return None
+    if plain["task"]["_target_"] == PRETRAIN_BERT:
+        return "task=pretrain_bert shares weights with the encoder: use trainer=ddp, not fsdp"
     for name, stage in plain["transfer"]["stages"].items():
         for option in ("l2_sp", "ema"):
             if stage.get(option) and stage.get("trainable", "all") != "head":

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 
 # Keys whose values are paths, or names that nothing but a file may have.
 PATHS = re.compile(
-    r"\+{0,2}(paths\.\w+|data\.(source\.)?(root|cache)|backbone\.weights|hydra\.sweep\.dir)"
+    r"\+{0,2}(paths\.\w+|data\.(source\.)?(root|cache)|backbone\.(weights|model|tokenizer)|hydra\.sweep\.dir)"
 )
 TEXTS = re.compile(rf"\+{{0,2}}name|{PATHS.pattern}")  # Hydra is to read them as text
 
@@ -53,6 +53,8 @@ def is_path(key: str, value: Any) -> bool:
     """Whether a value is one: of `backbone.weights`, names of a library are not."""
     if not isinstance(value, str) or not value or "${" in value or not PATHS.fullmatch(key):
         return False
+    if key == "backbone.model":  # a name, unless there is such a folder
+        return Path(value).expanduser().is_dir()
     return key != "backbone.weights" or is_weights_path(value)
 
 

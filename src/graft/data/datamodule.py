@@ -295,4 +295,4 @@ class TransferDataModule(L.LightningDataModule):
         """The batch with its rows prepared; if `augment`, as the stage trains on them."""
         if augment:
             return self.inputs.augment(batch, self.num_classes, seed=self.stage_seed, epoch=epoch)
-        return {**batch, "input": self.inputs.prepare(batch["input"])}
+        return self.inputs.evaluated(batch)

@@ -40,7 +40,8 @@ def print_start(
     names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in datamodule.splits.items())
     kind = ("class", "classes") if datamodule.splits["train"].targets is None else ("target",)
-    say(f"data      {sizes} images, {plural(len(classes), *kind)} ({names})")
+    rows = datamodule.run_inputs.rows
+    say(f"data      {sizes} {rows}, {plural(len(classes), *kind)} ({names})")
     say(f"input     {datamodule.inputs.describe()}")
     say(
         f"backbone  {backbone.description or 'no weights named'}: "

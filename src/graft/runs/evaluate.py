@@ -144,7 +144,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     where = settings.data[0] if settings.data else "the run's own test split"
     report.say(f"run       {run}" + (f" (status {status})" if status != "done" else ""))
     report.say(f"weights   {path.name} of stage {stage}, epoch {epoch}")
-    report.say(f"data      {where}: {plural(len(test), 'image')}")
+    report.say(f"data      {where}: {plural(len(test), datamodule.run_inputs.rows[:-1])}")
     said = [*notes(datamodule, record, other=bool(settings.data))]
     for note in said:
         report.say(f"note      {note}")

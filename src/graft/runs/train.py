@@ -193,6 +193,8 @@ def train(
         device = describe_device(options)
         record = datamodule.record()
         write_atomically(path / SPLITS_FILE, record.packed())
+        for name, content in datamodule.run_inputs.files().items():
+            write_atomically(path / name, content)
         train_images = len(datamodule.splits["train"])
         folder.update(device=device, train_images=train_images, data=record.summary())
         report.print_start(module.backbone, module.head, datamodule, device, path)

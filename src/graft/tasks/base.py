@@ -16,6 +16,7 @@ from graft.models.backbone import Backbone
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+OutputKind = Literal["classes", "labels", "numbers"]
 Reduce = Callable[[Tensor], Tensor]  # the sum over ranks
 
 
@@ -24,6 +25,9 @@ class Model(Protocol):
 
     @property
     def backbone(self) -> Backbone: ...
+
+    @property
+    def head(self) -> nn.Module: ...
 
     def outputs(self, batch: Batch) -> Tensor:
         """(N, num_outputs) outputs of the head, or (N, K, num_outputs) of K heads."""
@@ -77,7 +81,7 @@ class Task(nn.Module, ABC):
 
     streams: tuple[str, ...] = ("train",)
     classifies = False
-    output_kind: Literal["classes", "labels", "numbers"] = "numbers"
+    output_kind: OutputKind = "numbers"
 
     def __init__(
         self, *, monitor: str, mode: str, metrics: Mapping[str, Metric] | None = None
@@ -88,8 +92,8 @@ class Task(nn.Module, ABC):
         self.monitor, self.mode = monitor, mode
         self.own_metrics = nn.ModuleDict(dict(metrics or {}))
 
-    def build(self, num_outputs: int) -> None:
-        """Make what depends on the number of outputs, before weights are loaded."""
+    def build(self, num_outputs: int, backbone: Backbone) -> None:
+        """Make what depends on the number of outputs or the backbone, before weights are loaded."""
 
     def prepare(self, labels: NDArray[Any], classes: Sequence[str]) -> None:
         """Look at the training labels (N,) or targets (N, T), once before training.
@@ -149,6 +153,7 @@ class _Known:
     """A model whose outputs are there already."""
 
     backbone: Any = None
+    head: Any = None
 
     def __init__(self, outputs: Tensor) -> None:
         self._outputs = outputs
