@@ -111,12 +111,12 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     file.parent.mkdir(exist_ok=True)  # before the work, not after it
 
     from graft.data.items import SplitRecord
-    from graft.evaluation.adapt import require_batch_norms
     from graft.evaluation.details import details
     from graft.evaluation.evaluator import Evaluator
     from graft.reporting import report
     from graft.runs.startup import quiet_libraries
     from graft.tasks.scores import scores
+    from graft.training.adabn import require_batch_norms
     from graft.training.trainer import describe_device
     from graft.transforms.corruptions import CORRUPTIONS
 
@@ -133,7 +133,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     evaluator = Evaluator.build(config, checkpoint, path, None if settings.data else record)
     evaluator.module.backbone.mirror |= settings.mirror
     if settings.adapt:
-        require_batch_norms(evaluator.module.backbone, settings.adapt)
+        require_batch_norms(evaluator.module.backbone, f"--adapt {settings.adapt}")
         evaluator.adapt, _, continual = settings.adapt.partition("-")
         evaluator.continual = bool(continual)
     datamodule = evaluator.datamodule

@@ -25,6 +25,16 @@ class Model(Protocol):
     @property
     def backbone(self) -> Backbone: ...
 
+    @property
+    def head(self) -> nn.Module: ...
+
+    @property
+    def progress(self) -> float:
+        """Which part of the stage's steps is done: from 0 to 1."""
+
+    def features(self, batch: Batch) -> Tensor:
+        """(N, num_features) what the head is given."""
+
     def outputs(self, batch: Batch) -> Tensor:
         """(N, num_outputs) outputs of the head, or (N, K, num_outputs) of K heads."""
 
@@ -88,8 +98,8 @@ class Task(nn.Module, ABC):
         self.monitor, self.mode = monitor, mode
         self.own_metrics = nn.ModuleDict(dict(metrics or {}))
 
-    def build(self, num_outputs: int) -> None:
-        """Make what depends on the number of outputs, before weights are loaded."""
+    def build(self, num_outputs: int, backbone: Backbone) -> None:
+        """Make what depends on the number of outputs or the backbone, before weights are loaded."""
 
     def prepare(self, labels: NDArray[Any], classes: Sequence[str]) -> None:
         """Look at the training labels (N,) or targets (N, T), once before training.
@@ -149,6 +159,9 @@ class _Known:
     """A model whose outputs are there already."""
 
     backbone: Any = None
+    head: Any = None
+    progress: Any = None
+    features: Any = None
 
     def __init__(self, outputs: Tensor) -> None:
         self._outputs = outputs
