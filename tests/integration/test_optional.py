@@ -25,6 +25,11 @@ OPTIONAL = {
         "src/graft/data/sources/table.py", "configs/task/multilabel.yaml",
         "configs/task/regression.yaml", "configs/data/image_table.yaml",
     ),
+    "shift": (
+        "src/graft/tasks/domains.py", "src/graft/tasks/coral.py", "src/graft/tasks/dann.py",
+        "configs/task/coral.yaml", "configs/task/dann.yaml", "configs/transfer/adabn.yaml",
+        "configs/experiment/domain_shift.yaml",
+    ),
     "timm": ("src/graft/models/timm.py", "configs/backbone/timm.yaml"),
     "trackers": (
         "src/graft/reporting/trackers.py",

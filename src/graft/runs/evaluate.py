@@ -42,6 +42,7 @@ class Settings:
         mirror: evaluate the mean features of an image and its mirror image.
         corruptions: names of those to corrupt the images by; empty: all; None: none.
         severities: of these.
+        mixed: all corruptions of a severity as one shuffled set of images to adapt to.
         adapt: to the images, without their labels: "adabn", "tent", or "tent-continual", which
             goes on from one corruption to the next. The batch size then counts.
         limit: evaluate about this many images, the same part of each class.
@@ -54,6 +55,7 @@ class Settings:
     mirror: bool = False
     corruptions: Sequence[str] | None = None
     severities: Sequence[int] = (1, 2, 3, 4, 5)
+    mixed: bool = False
     adapt: str | None = None
     limit: int | None = None
     batch_size: int | None = None
@@ -65,6 +67,7 @@ class Settings:
         words += [word.rpartition("=")[2].rstrip("/").rpartition("/")[2] for word in self.data]
         words += [Path(self.ckpt).stem] if self.ckpt != "best" else []
         words += [self.adapt] if self.adapt else []
+        words += ["mixed"] if self.mixed else []
         words += ["mirror"] if self.mirror else []
         words += [f"limit{self.limit}"] if self.limit else []
         name = shortened("_".join(map(file_word, words)))
@@ -167,7 +170,10 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     elif settings.corruptions is not None:
         result["metrics"] = scores(evaluator.predictions(test), datamodule.num_classes)
         found = evaluator.corruptions(
-            test, settings.corruptions or [*CORRUPTIONS], settings.severities
+            test,
+            settings.corruptions or [*CORRUPTIONS],
+            settings.severities,
+            mixed=settings.mixed,
         )
         accuracies = [values["acc"] for rows in found.values() for values in rows.values()]
         result |= {"corruptions": found, "mean_acc": float(np.mean(accuracies))}

@@ -124,6 +124,7 @@ def train(
     from graft.storage.digests import weights_digest
     from graft.storage.disk import write_atomically
     from graft.tasks.scores import Predictions, lowest_recall
+    from graft.training.adabn import require_batch_norms
     from graft.training.build import build, build_stages, check_arguments, check_optimizers
     from graft.training.last_checkpoint import LastCheckpoint
     from graft.training.run_stages import StartStage, run_stages
@@ -147,6 +148,9 @@ def train(
             "the data is not what this run has trained on: "
             f"{'; '.join(datamodule.changes.values())}: put it back, or start a new run"
         )
+    for stage in stages:
+        if stage.adabn:
+            require_batch_norms(module.backbone, f"transfer.stages.{stage.name}.adabn")
     train_split = datamodule.splits["train"]
     learnt = train_split.labels if train_split.targets is None else train_split.targets
     module.task.prepare(learnt, datamodule.classes)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graft.data.datasets import Batch
@@ -16,8 +16,8 @@ from graft.tasks.classification import Classification
 class TwoDomains(Classification):
     """Classification of the source's images, plus a loss by which the domains' features approach.
 
-    Both domains go through the backbone in one batch, so that BatchNorm trains with statistics of
-    the same mixture that a validation normalises by.
+    Each domain goes through the backbone by itself: BatchNorm then trains with the statistics of
+    either, so that a domain's mean and contrast are not what there is to align.
     """
 
     streams = ("train", "target")
@@ -29,18 +29,15 @@ class TwoDomains(Classification):
         self.weight = weight
 
     def loss(self, model: Model, batch: Mapping[str, Batch]) -> Tensor:  # type: ignore[override]
-        source, target = (batch[name] for name in self.streams)
-        key = "features" if "features" in source else "input"
-        both = model.features({key: torch.cat([source[key], target[key]])})
-        count = len(source["label"])
-        logits = model.head(both[:count])
-        loss = self.losses(logits, source.get("target", source["label"])).mean(0)
-        return loss + self.domain_loss(both[:count], both[count:], model.progress)
+        source, target = (model.features(batch[name]) for name in self.streams)
+        labelled = batch["train"]
+        losses = self.losses(model.head(source), labelled.get("target", labelled["label"]))
+        return losses.mean(0) + self.domain_loss(source, target, model.progress)
 
+    @abstractmethod
     def domain_loss(self, source: Tensor, target: Tensor, progress: float) -> Tensor:
         """Of features (N, F) and (M, F), a loss ().
 
         Args:
             progress: which part of the stage is done.
         """
-        raise NotImplementedError

@@ -16,7 +16,7 @@ from graft.plan.results import BEST, LAST, Resumed, StageResult
 from graft.plan.stage import Stage
 from graft.reporting.loggers import advance
 from graft.storage.stored import StoredFeatures
-from graft.training.adabn import estimate_statistics, require_batch_norms
+from graft.training.adabn import estimate_statistics
 from graft.training.best import Best
 from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
 from graft.training.ema import EMA
@@ -146,7 +146,7 @@ def _adapt_norms(
     module: TransferModule, datamodule: TransferDataModule, trainer: L.Trainer
 ) -> None:
     device = trainer.strategy.root_device
-    require_batch_norms(module.to(device).backbone, "adabn")
+    module.to(device)
     size, count = datamodule.eval_batch_size, len(datamodule.splits["val_target"])
     estimate_statistics(
         module.backbone,
