@@ -28,6 +28,8 @@ REQUIRED = {
     "text_corpus": ["data.root=somewhere"],
     "torchvision": ["backbone.model=resnet18"],
     "timm": ["backbone.model=resnet18"],
+    "domain_shift": ["data.root=somewhere", "data.target=elsewhere"],
+    **dict.fromkeys(("adabn", "coral", "dann"), ["data.target=elsewhere"]),
 }
 
 
@@ -50,7 +52,8 @@ def test_every_option_composes_and_says_what_it_is_for(group: str, option: str) 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_with_its_own_backbone(name: str) -> None:
-    config = compose(f"experiment={name}", *(["data.root=somewhere"] if name in ON_TEXTS else []))
+    root = ["data.root=somewhere"] if name in ON_TEXTS else []
+    config = compose(f"experiment={name}", *REQUIRED.get(name, root))
     assert config["transfer"]["stages"]
     header = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
     assert f"graft train experiment={name}" in header
@@ -78,6 +81,8 @@ def test_every_experiment_runs_a_batch(
     overrides.append(f"trainer.precision={precision}")
     if "cifar10" in name or name == "compare_transfer":
         overrides += [f"data.root={image_folders}", "data.val_fraction=0.1"]
+    if name == "domain_shift":
+        overrides += [f"data.root={image_folders}", f"data.target={image_folders}"]
     if name.startswith(("cifar10", "compare")):
         overrides += ["backbone=squeezenet1_1", "backbone.weights=null", "data.image_size=32"]
     if transfer:
@@ -86,7 +91,9 @@ def test_every_experiment_runs_a_batch(
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("run.json"))
     assert record["status"] == "done"
-    assert set(record["metrics"]) == {"val/acc", "test/acc", "test/f1", "test/loss"}
+    measured = {"val/acc", "test/acc", "test/f1", "test/loss"}
+    assert set(record["metrics"]) >= measured
+    assert all(key in measured or "target" in key or "oracle" in key for key in record["metrics"])
     for line in ("data  ", "backbone  ", "device  ", "stage ", "test/acc"):
         assert line in done.stdout
 
@@ -95,10 +102,13 @@ def test_every_experiment_runs_a_batch(
 def test_every_plan_runs_a_batch_in_each_of_its_stages(
     graft: Graft, transfer: str, tmp_path: Path
 ) -> None:
-    done = graft("train", *TINY, f"transfer={transfer}", "debug=fdr")
+    other = "data.target={shift: fog}"
+    done = graft(
+        "train", *TINY, f"transfer={transfer}", "debug=fdr", *[other] * (transfer == "adabn")
+    )
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("run.json"))
-    stages = compose(f"transfer={transfer}")["transfer"]["stages"]
+    stages = compose(f"transfer={transfer}", *REQUIRED.get(transfer, []))["transfer"]["stages"]
     assert list(record["groups"]) == list(stages)
     assert record["stage"] == list(stages)[-1]
 

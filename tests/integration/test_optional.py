@@ -35,6 +35,11 @@ OPTIONAL = {
         "configs/task/pretrain_bert.yaml", "configs/experiment/pretrain_bert.yaml",
         "configs/experiment/text_finetune.yaml",
     ),
+    "shift": (
+        "src/graft/tasks/domains.py", "src/graft/tasks/coral.py", "src/graft/tasks/dann.py",
+        "configs/task/coral.yaml", "configs/task/dann.yaml", "configs/transfer/adabn.yaml",
+        "configs/experiment/domain_shift.yaml",
+    ),
     "timm": ("src/graft/models/timm.py", "configs/backbone/timm.yaml"),
     "trackers": (
         "src/graft/reporting/trackers.py",

@@ -14,6 +14,8 @@ class Asked:
 
     backbone: Any = None
     head: Any = None
+    progress: Any = None
+    features: Any = None
 
     def outputs(self, batch: Batch) -> Tensor:
         return batch["outputs"]

@@ -23,6 +23,8 @@ from graft.config.kinds import (
     POSITIVE_INT,
     PROBABILITY,
     SEED,
+    SEVERITY,
+    SHIFTS,
     SIDE,
     TAGS,
     TEXT,
@@ -137,7 +139,14 @@ CHECKS: dict[str, Check] = {
     "data.epoch_images": or_null(POSITIVE_INT),
     "data.drop_last": BOOL,
     "data.reshuffle": BOOL,
-    "data.sampling": one_of("shuffled", "balanced"),
+    "data.sampling": one_of("shuffled", "balanced", "importance", "hard"),
+    "data.shift": or_null(one_of(*SHIFTS)),
+    "data.severity": SEVERITY,
+    "data.target": or_null(either("a folder, or some of shift, severity, source", TEXT, MAPPING)),
+    "data.target.shift": or_null(one_of(*SHIFTS)),
+    "data.target.severity": SEVERITY,
+    "data.target.source": OBJECT,
+    "data.oracle": BOOL,
     "data.num_workers": up_to(0, 256),
     "data.pin_memory": BOOL,
     "data.source": OBJECT,
@@ -204,6 +213,7 @@ CLOSED: dict[str, dict[str, Check]] = {
     "transfer.stages.*": STAGE,
     "transfer.stages.*.lora": {"rank": POSITIVE_INT, "alpha": POSITIVE},
     "head.grid": {"lr": POSITIVE, "weight_decay": NOT_NEGATIVE, "seed": SEED},
+    "data.target": {"shift": TEXT, "severity": SEVERITY, "source": OBJECT},
 }
 INSTEAD = {
     "trainer.overfit_batches": "debug=overfit",
@@ -228,6 +238,14 @@ _WEIGHTS = {
     "weights": or_null(("the name of an entry, a file or a run folder", TEXT[1])),
     "taps": or_null(either("all, or a list of names of blocks", TEXT, list_of(TEXT))),
     "pretrained": BOOL,
+}
+_CLASSIFICATION = {
+    "loss": one_of("cross_entropy", "focal"),
+    "gamma": NOT_NEGATIVE,
+    "class_weights": or_null(
+        either("balanced, or a number for each class", one_of("balanced"), list_of(POSITIVE))
+    ),
+    "label_smoothing": BELOW_ONE,
 }
 ARGUMENTS: dict[str, dict[str, Check]] = {
     "graft.models.huggingface.huggingface_backbone": {
@@ -269,13 +287,12 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         "image_size": SIDE,
         "seed": SEED,
     },
-    "graft.tasks.classification.Classification": {
-        "loss": one_of("cross_entropy", "focal"),
-        "gamma": NOT_NEGATIVE,
-        "class_weights": or_null(
-            either("balanced, or a number for each class", one_of("balanced"), list_of(POSITIVE))
-        ),
-        "label_smoothing": BELOW_ONE,
+    "graft.tasks.classification.Classification": _CLASSIFICATION,
+    "graft.tasks.coral.Coral": {**_CLASSIFICATION, "weight": NOT_NEGATIVE},
+    "graft.tasks.dann.Dann": {
+        **_CLASSIFICATION,
+        "weight": NOT_NEGATIVE,
+        "hidden": up_to(1, 1_000_000),
     },
     "graft.tasks.multilabel.MultiLabel": {
         "pos_weight": or_null(

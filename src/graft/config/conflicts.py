@@ -9,6 +9,7 @@ from typing import Any
 
 from graft.config.overrides import is_path
 
+TWO_STREAMS = ("graft.tasks.coral.Coral", "graft.tasks.dann.Dann")
 IMAGE_FOLDER = "graft.data.sources.folder.ImageFolder"
 PRETRAIN_BERT = "graft.tasks.pretrain_bert.PretrainBert"
 PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
@@ -35,6 +36,7 @@ def conflict(plain: dict[str, Any]) -> str | None:
         _stage_problem(plain)
         or _grid_problem(plain)
         or _task_problem(plain)
+        or _target_problem(plain)
         or _solver_problem(plain)
         or _batchnorm_problem(plain)
         or _augment_problem(plain)
@@ -47,6 +49,9 @@ def conflict(plain: dict[str, Any]) -> str | None:
 def missing_path(plain: dict[str, Any]) -> str | None:
     """The first path of a new run that there is not; data that is downloaded need not be there."""
     source, weights = plain["data"]["source"], plain["backbone"].get("weights")
+    target = plain["data"].get("target")
+    if isinstance(target, str) and not Path(target).is_dir():
+        return f"data.target={target}: no such folder; class folders of the other domain go there"
     if source["_target_"] == IMAGE_FOLDER and not Path(source["root"]).is_dir():
         return f"{source['root']}: no such folder; data.root= says where the images are"
     if is_path("backbone.weights", weights) and not Path(weights).exists():
@@ -70,6 +75,8 @@ def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | Non
                 f"{override}: no stage of this plan augments its images: set "
                 f"transfer.stages.{next(iter(named))}.augment=true"
             )
+        if key == "data.severity" and plain["data"].get("shift") is None:
+            return f"{override}: there is no data.shift"
         if key.startswith(("optimizer.lr", "scheduler.")) and solved:
             return f"{override}: this plan solves for its head, without steps"
         match key.split("."):
@@ -193,8 +200,43 @@ def _task_problem(plain: dict[str, Any]) -> str | None:
         if stage.get("label_smoothing") is not None and "label_smoothing" not in task:
             return f"transfer.stages.{name}.label_smoothing: this task has none"
     measured = task["monitor"].rpartition("/")[2]
-    if task["mode"] == "max" and (measured in ("mae", "rmse") or measured.endswith("loss")):
+    if task["mode"] == "max" and (
+        measured in ("mae", "rmse", "entropy") or measured.endswith("loss")
+    ):
         return f"task.monitor={task['monitor']}: smaller is better: set task.mode=min"
+    return None
+
+
+def _target_problem(plain: dict[str, Any]) -> str | None:
+    """What needs a second domain where there is none, and what makes no use of one."""
+    data, task, stages = plain["data"], plain["task"], plain["transfer"]["stages"]
+    adapts = task["_target_"] in TWO_STREAMS
+    target = data.get("target")
+    if target is None:
+        wanting = {
+            f"task={task['_target_'].rpartition('.')[2].lower()}": adapts,
+            f"task.monitor={task['monitor']}": task["monitor"] in ("val/snd", "val/entropy"),
+            "data.sampling=importance": data.get("sampling") == "importance",
+            "data.oracle=true": data.get("oracle"),
+            **{f"transfer.stages.{n}.adabn=true": s.get("adabn") for n, s in stages.items()},
+        }
+        first = next((option for option, wants in wanting.items() if wants), None)
+        return first and f"{first}: there is no second domain: set data.target=FOLDER"
+    if isinstance(target, dict) and not (target.get("shift") or target.get("source")):
+        return "data.target: neither a shift nor a source: it would be the training data itself"
+    if isinstance(target, dict) and "severity" in target and not target.get("shift"):
+        return f"data.target.severity={target['severity']}: there is no data.target.shift"
+    if not adapts:
+        return None
+    if all(stage.get("trainable", "all") == "head" for stage in stages.values()):
+        return f"task={task['_target_']}: adapts a backbone, and no stage of this plan trains one"
+    if plain["head"].get("grid"):
+        return f"head.grid: task={task['_target_']} trains one head: set head.grid=null"
+    for stage in stages.values():
+        own = stage.get("augment", True)
+        augment = {**(data.get("augment") or {}), **(own if isinstance(own, dict) else {})}
+        if own is not False and (augment.get("mixup") or augment.get("cutmix")):
+            return "data.augment.mixup and cutmix mix labels, and images of data.target have none"
     return None
 
 
@@ -237,7 +279,7 @@ def _sharding_problem(plain: dict[str, Any]) -> str | None:
     if plain["task"]["_target_"] == PRETRAIN_BERT:
         return "task=pretrain_bert shares weights with the encoder: use trainer=ddp, not fsdp"
     for name, stage in plain["transfer"]["stages"].items():
-        for option in ("l2_sp", "ema"):
+        for option in ("l2_sp", "ema", "adabn"):
             if stage.get(option) and stage.get("trainable", "all") != "head":
                 return (
                     f"transfer.stages.{name}.{option}: needs whole weights on each device, and "

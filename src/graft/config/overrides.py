@@ -15,7 +15,8 @@ from hydra.errors import HydraException
 
 # Keys whose values are paths, or names that nothing but a file may have.
 PATHS = re.compile(
-    r"\+{0,2}(paths\.\w+|data\.(source\.)?(root|cache)|backbone\.(weights|model|tokenizer)|hydra\.sweep\.dir)"
+    r"\+{0,2}(paths\.\w+|data\.((target\.)?source\.)?(root|cache)|data\.target"
+    r"|backbone\.(weights|model|tokenizer)|hydra\.sweep\.dir)"
 )
 TEXTS = re.compile(rf"\+{{0,2}}name|{PATHS.pattern}")  # Hydra is to read them as text
 
@@ -203,7 +204,7 @@ def _quote_path(parser: OverridesParser, argument: str) -> str:
         readable = False
     else:
         readable = True
-        if not takes_path or value is None or isinstance(value, str | bool | QuotedString):
+        if not takes_path or value is None or isinstance(value, str | bool | dict | QuotedString):
             return argument
         if isinstance(value, ChoiceSweep) and not value.simple_form:
             return argument

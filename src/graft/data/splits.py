@@ -15,6 +15,8 @@ from graft.data.subset import shots_per_class as draw_shots
 from graft.data.subset import stratified_fraction, stratified_split
 from graft.transforms.inputs import Inputs
 
+WATCHED = 2000  # images of a target by which epochs are scored without labels
+
 
 def draw_splits(
     loaded: Splits,
@@ -64,8 +66,18 @@ def draw_splits(
         keep = keep[draw_shots(labels[keep], shots_per_class, seed)]
     elif train_fraction != 1.0:
         keep = keep[stratified_fraction(labels[keep], train_fraction, seed)]
-    more = {name: ImageDataset(split) for name, split in loaded.more.items()}
+    more = {name: ImageDataset(split, _by_content(split)) for name, split in loaded.more.items()}
+    if target := more.get("target"):
+        watched = np.random.default_rng(0).permutation(len(target))[:WATCHED]
+        more["val_target"] = ImageDataset(target.split, target.rows[np.sort(watched)])
     return {"train": ImageDataset(loaded.train, keep), **held_out, **more}
+
+
+def _by_content(split: Split) -> np.ndarray | None:
+    """Of images without labels, an order that no class folder they may lie in decides."""
+    if split.digests is None or (split.labels >= 0).any():
+        return None
+    return np.argsort(split.digests, kind="stable")
 
 
 def _below(least: int, labels: np.ndarray, classes: list[str]) -> str:

@@ -160,9 +160,11 @@ class PartsBar:
 def print_result(record: Mapping[str, Any], run: Path) -> None:
     say("")
     monitor = record["config"]["task"]["monitor"]
-    for name in dict.fromkeys((monitor, monitor.replace("val/", "test/"), "test/acc")):
+    of_test = (monitor.replace("val/", "test/"), "test/acc", "test_target/acc", "oracle/acc")
+    for name in dict.fromkeys((monitor, *of_test)):
         if name in record["metrics"]:
-            say(f"{name:<9} {measured(name, record['metrics'][name])}")
+            remark = ", the target's best epoch: nothing goes by it" * (name == "oracle/acc")
+            say(f"{name:<9} {measured(name, record['metrics'][name])}{remark}")
     if "recall" in record:
         say(f"recall    {record['recall']}")
     say(f"time      {record['seconds']:.1f} s")

@@ -29,6 +29,13 @@ class Model(Protocol):
     @property
     def head(self) -> nn.Module: ...
 
+    @property
+    def progress(self) -> float:
+        """Which part of the stage's steps is done: from 0 to 1."""
+
+    def features(self, batch: Batch) -> Tensor:
+        """(N, num_features) what the head is given."""
+
     def outputs(self, batch: Batch) -> Tensor:
         """(N, num_outputs) outputs of the head, or (N, K, num_outputs) of K heads."""
 
@@ -154,6 +161,8 @@ class _Known:
 
     backbone: Any = None
     head: Any = None
+    progress: Any = None
+    features: Any = None
 
     def __init__(self, outputs: Tensor) -> None:
         self._outputs = outputs

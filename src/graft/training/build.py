@@ -17,6 +17,7 @@ from graft.config.renamed import current_name
 from graft.data.datamodule import TransferDataModule
 from graft.data.items import SplitRecord
 from graft.data.sources.base import Source
+from graft.data.sources.target import build_source
 from graft.models.backbone import Backbone
 from graft.models.heads import Head, seeded_head
 from graft.plan.grid import Grid
@@ -44,8 +45,8 @@ def build(
     """
     backbone = build_backbone(config["backbone"], pretrained=pretrained, recorded=preprocessing)
     # `root` is in the group for the command line; only the source takes it.
-    data = {key: value for key, value in config["data"].items() if key != "root"}
-    source = make(data.pop("source"))
+    data = {k: v for k, v in config["data"].items() if k not in ("source", *TAKEN_OUT["data"])}
+    source: Any = build_source(config["data"], config["paths"]["cache"])
     own = {key: data.pop(key) for key in inputs_options(source) if key in data}
     if not isinstance(backbone.preprocessing, source.inputs.takes):
         raise ValueError(
@@ -102,7 +103,7 @@ def inputs_options(source: Any) -> list[str]:
 
 
 TAKEN_OUT = {  # before a class is called
-    "data": ("root",),
+    "data": ("root", "shift", "severity", "target", "oracle"),
     "head": ("num_classes", "seed", "grid"),
     "backbone": ("preprocessing",),
 }

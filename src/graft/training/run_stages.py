@@ -16,6 +16,7 @@ from graft.plan.results import BEST, LAST, Resumed, StageResult
 from graft.plan.stage import Stage
 from graft.reporting.loggers import advance
 from graft.storage.stored import StoredFeatures
+from graft.training.adabn import estimate_statistics
 from graft.training.best import Best
 from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
 from graft.training.ema import EMA
@@ -108,13 +109,18 @@ def _fit(
     if best.score is None:
         raise RuntimeError(f"stage {stage.name} ended without a checkpoint")
     result = StageResult(stage.name, best.path, best.score, steps=trainer.global_step)
-    _keep_best(module, stage, trainer, result)
+    result.oracle = best.oracle
+    _keep_best(module, datamodule, stage, trainer, result)
     advance(trainer.loggers, result.steps)
     return result
 
 
 def _keep_best(
-    module: TransferModule, stage: Stage, trainer: L.Trainer, result: StageResult
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    stage: Stage,
+    trainer: L.Trainer,
+    result: StageResult,
 ) -> None:
     """The best weights in the module, and in `best.ckpt` those that the stage ends with."""
     path = result.best_checkpoint
@@ -127,11 +133,29 @@ def _keep_best(
     module.finish_stage()
     if final:
         load_checkpoint(module, path)
-    elif stage.grid is not None or stage.lora is not None:
+    elif stage.grid is not None or stage.lora is not None or stage.adabn:
+        if stage.adabn:
+            _adapt_norms(module, datamodule, trainer)
         trainer.strategy.barrier()  # every rank has read the weights it was trained with
         if trainer.is_global_zero:
             replace_weights(path, module, **({"head": result.head} if result.head else {}))
         trainer.strategy.barrier()
+
+
+def _adapt_norms(
+    module: TransferModule, datamodule: TransferDataModule, trainer: L.Trainer
+) -> None:
+    device = trainer.strategy.root_device
+    module.to(device)
+    size, count = datamodule.eval_batch_size, len(datamodule.splits["val_target"])
+    estimate_statistics(
+        module.backbone,
+        [
+            datamodule.prepared("val_target", range(start, min(start + size, count)), device)
+            for start in range(0, count, size)
+        ],
+        module.head,
+    )
 
 
 def _solve(
@@ -145,10 +169,12 @@ def _solve(
     """As a fit would leave it: the head solved, val metrics logged, best.ckpt and last.ckpt."""
     solve = Solve(datamodule, stage)
     trainer = make_trainer(stage, [start, solve])  # both act in `setup`, in this order
-    (metrics,) = trainer.validate(module, datamodule=datamodule, verbose=False)
+    metrics = trainer.validate(module, datamodule=datamodule, verbose=False)[0]
     if trainer.interrupted:
         raise KeyboardInterrupt
     folder = trainer.strategy.broadcast(folder)  # the run's folder is known to the first rank
+    if stage.adabn:
+        _adapt_norms(module, datamodule, trainer)
     for name in (LAST, BEST):
         trainer.save_checkpoint(folder / name)
     advance(trainer.loggers, 1)
@@ -193,8 +219,14 @@ class StartStage(L.Callback):
             image_size=self.stage.image_size,
             views=self.stage.views,
         )
-        splits = ("test",) if stage == "test" else ("train", "val")
-        limits = [getattr(trainer, f"limit_{split}_batches") for split in splits]
+        data = self.datamodule
+        module.val_splits, module.tested = data.val_splits, data.tested
+        tested = stage == "test"
+        splits = (data.tested,) if tested else (*data.streams, *data.val_splits)
+        limits = [
+            getattr(trainer, f"limit_{split}_batches")
+            for split in (("test",) if tested else ("train", "val"))
+        ]
         store = self.new_store(
             module.backbone,
             module.cut,
