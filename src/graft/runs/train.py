@@ -240,14 +240,18 @@ def train(
         on_stage=announce,
         on_result=conclude,
     )
-    start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
-    collect = Collect(tensorboard.EMBEDDED if tensorboard.shows_images(config["logger"]) else 0)
-    trainer = new_trainer(stages[-1], [start, collect])
-    tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
-    tested = {key: float(value) for key, value in tested.items()}
-    if folder is not None and module.task.classifies:
-        recall = lowest_recall(Predictions.joined(collect.parts), datamodule.classes)
-        folder.update(recall=recall)
-    pictured = [collect] if module.task.classifies else []
+    tested: dict[str, float] = {}
+    pictured: list[Collect] = []
+    if options["limit_test_batches"] != 0:
+        start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
+        collect = Collect(tensorboard.EMBEDDED if tensorboard.shows_images(config["logger"]) else 0)
+        trainer = new_trainer(stages[-1], [start, collect])
+        (scores,) = trainer.test(module, datamodule=datamodule, verbose=False)
+        tested = {key: float(value) for key, value in scores.items()}
+        if module.task.classifies:
+            pictured.append(collect)
+            if folder is not None:
+                predictions = Predictions.joined(collect.parts)
+                folder.update(recall=lowest_recall(predictions, datamodule.classes))
     tensorboard.log_end(loggers, module.task.monitor, datamodule, pictured, results)
     return {module.task.monitor: results[-1].best_score, **tested}, module
