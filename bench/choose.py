@@ -26,7 +26,7 @@ import torch
 from graft.choose.entrants import FEATURES, Entrants, read_entrants
 from graft.choose.halving import Arm
 from graft.choose.outcome import chosen
-from graft.choose.race import Race, common_config
+from graft.choose.race import run_race
 from graft.config.job import compose_job
 from graft.features.prefix import Extractor, FrozenPrefix
 from graft.runs.folder import RunFolder
@@ -113,7 +113,8 @@ def logme_of(entrants: Entrants, candidate: str) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = module.backbone.to(device)
     extractor = Extractor(
-        FrozenPrefix(backbone, len(backbone.blocks)), lambda rows: data.prepared("train", rows, device)
+        FrozenPrefix(backbone, len(backbone.blocks)),
+        lambda rows: data.prepared("train", rows, device),
     )
     train = data.splits["train"]
     return logme(extractor.rows(np.arange(len(train))), train.labels)
@@ -134,11 +135,8 @@ def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list
     # A cache of its own: the race pays for its features.
     places[0] = f"paths.cache={work / task / 'cache-race'}"
     entrants = read_entrants(data, [*overrides, *own, *places], file=file)
-    race = Race(
-        entrants, common_config(entrants), share * total, work / task / f"race-{share:g}", print
-    )
-    race.run()
-    arm = chosen(race)
+    race = run_race(entrants, share * total, print)
+    arm, runs = chosen(race), race.runs
     if arm.plan == FEATURES:
         arm = Arm(arm.candidate, "linear_probe")
 
@@ -149,9 +147,9 @@ def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list
         arms = [arm for arm in full if arm.candidate == candidate]
         return max(arms, key=lambda arm: full[arm]["test/acc"])
 
-    first = {a.candidate: r for a, r in race.results.items() if a.plan == FEATURES}
+    first = {a.candidate: r for a, r in runs.results.items() if a.plan == FEATURES}
     scores = {
-        "the biggest model": {name: race.costs[name].macs for name in first},
+        "the biggest model": {name: runs.costs[name].macs for name in first},
         "LogME": {name: logme_of(entrants, name) for name in first},
         "kNN": {name: r.knn or 0.0 for name, r in first.items()},
         "ridge": {name: r.score for name, r in first.items()},
@@ -163,7 +161,7 @@ def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list
         )
     found = [
         f"| {task} | graft choose: {arm} | {100 * full[arm]['test/acc']:.2f} | {regret(arm)} | "
-        f"{regret(arm)} | {100 * race.spent / total:.1f} |"
+        f"{regret(arm)} | {100 * runs.spent / total:.1f} |"
     ]
     for name, by_candidate in scores.items():
         candidate = max(by_candidate, key=lambda name: by_candidate[name])
@@ -172,7 +170,9 @@ def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list
             f"| {task} | {name}: {candidate} | {100 * full[tuned]['test/acc']:.2f} | "
             f"{regret(tuned)} | {regret(after)} | |"
         )
-    found.append(f"| {task} | best of all: {best} | {100 * full[best]['test/acc']:.2f} | 0 | 0 | 100 |")
+    found.append(
+        f"| {task} | best of all: {best} | {100 * full[best]['test/acc']:.2f} | 0 | 0 | 100 |"
+    )
     return found
 
 
@@ -198,7 +198,7 @@ def main() -> None:
                 f"{datetime.date.today()}, {machine['cpu']}, {machine['gpus'] or 'no GPU'}, "
                 f"torch {torch.__version__}",
                 "",
-                "| task | chosen by: choice | test/acc % | regret | regret with its best plan | time % |",
+                "| task | chosen by: choice | test/acc % | regret | with its best plan | time % |",
                 "|---|---|---|---|---|---|",
                 *rows,
                 "",

@@ -40,9 +40,7 @@ def measured_head(features: torch.Tensor) -> LinearHead:
 
 @pytest.mark.parametrize("rows", [600, 9], ids=["more rows than features", "fewer"])
 @pytest.mark.parametrize("strength", [1e-3, 10.0, 1e4])
-def test_ridge_is_that_of_scikit_learn(
-    data: tuple[Data, Data], strength: float, rows: int
-) -> None:
+def test_ridge_is_that_of_scikit_learn(data: tuple[Data, Data], strength: float, rows: int) -> None:
     (features, labels), val = data
     features, labels = features[:rows], labels[:rows]
     head = LinearHead(12, 4)

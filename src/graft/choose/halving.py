@@ -52,20 +52,21 @@ class Arm:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of an arm came to.
+    """What the latest run of an arm came to.
 
     Attributes:
-        share: of a full training that it was.
-        work: forward passes of single images that its stages took.
-        fit: seconds of its stages; `seconds`: of the whole run.
+        score: its validation accuracy; `knn`: that of nearest neighbours.
+        share: of a full training that it was; of the training images, if it was of features alone.
+        seconds: that it took; `spent`: all runs of the arm.
+        full: seconds that a full training and its test would take, with nothing stored.
         memory: MB, of the GPU where there is one.
     """
 
     score: float
     share: float
-    work: float
-    fit: float
     seconds: float
+    spent: float
+    full: float
     memory: float
     knn: float | None = None
 
@@ -157,18 +158,24 @@ def first_part(
 
 
 def next_round(
-    arms: Sequence[Arm], seconds: float, predicted: Callable[[Arm, float], float]
+    arms: Sequence[Arm],
+    seconds: float,
+    predicted: Callable[[Arm, float], float],
+    above: float = 0.0,
 ) -> tuple[float, list[Arm]]:
     """The largest share of a full training that all `arms`, best first, can have in that time;
-    where even the smallest is too much for all, the last of them are left out.
+    where none is, the last of them are left out, if need be all.
+
+    Args:
+        above: the share that they have had.
     """
     kept = [*arms]
     while kept:
-        for share in SHARES:
+        for share in (share for share in SHARES if share > above):
             if sum(predicted(arm, share) for arm in kept) <= seconds:
                 return share, kept
         kept.pop()
-    return SHARES[-1], []
+    return above, []
 
 
 def halved(arms: Sequence[Arm], results: Mapping[Arm, Result]) -> list[Arm]:
@@ -177,21 +184,19 @@ def halved(arms: Sequence[Arm], results: Mapping[Arm, Result]) -> list[Arm]:
     return there[: math.ceil(len(there) / 2)]
 
 
-def winner(results: Mapping[Arm, Result], images: int, price: Callable[[Arm], float]) -> Arm:
+def winner(results: Mapping[Arm, Result], images: int) -> Arm:
     """The arm of the best validation score.
 
     Of those within a standard error of it, one that was not trained in full yet goes before one
-    that was, because it has still to gain; then the cheaper one.
+    that was, because it has still to gain.
 
     Args:
-        results: of those that were never left out.
         images: that were validated on.
-        price: predicted seconds of a full training.
     """
     best = max(result.score for result in results.values())
     error = math.sqrt(max(best * (1 - best), 0.25 / images) / images)
     close = [arm for arm, result in results.items() if result.score >= best - error]
-    return min(close, key=lambda a: (results[a].share == 1, -results[a].score, price(a)))
+    return min(close, key=lambda a: (results[a].share == 1, -results[a].score, results[a].full))
 
 
 def interval(score: float, images: int) -> tuple[float, float]:

@@ -35,8 +35,6 @@ def _parser() -> argparse.ArgumentParser:
         "configs/transfer; default: all of the file")  # fmt: skip
     add("--from", dest="file", type=Path, metavar="FILE", help="in place of configs/choose.yaml")
     add("--download", action="store_true", help="fetch weights that are not at hand")
-    add("--csv", type=Path, metavar="FILE", help="the table in plain numbers")
-    add("--md", type=Path, metavar="FILE", help="the table as Markdown")
     return parser
 
 
@@ -48,41 +46,35 @@ def _choose(options: argparse.Namespace) -> None:
     from graft.choose.entrants import read_entrants, seconds_of
 
     budget = seconds_of(options.budget)
-    data = place(options.data) if Path(options.data).is_dir() else options.data
     entrants = read_entrants(
-        data,
+        place(options.data) if Path(options.data).is_dir() else options.data,
         quote_paths(options.overrides),
         candidates=options.candidates,
         plans=options.plans,
         file=options.file,
     )
 
-    from graft.choose.race import Race, common_config, race_folder
-
-    config = common_config(entrants)
-    folder = race_folder(Path(config["paths"]["logs"]), entrants)
-
-    from graft.choose.outcome import chosen, command, reason, table
-    from graft.compare.table import terminal_width
-    from graft.reporting.console import console
     from graft.runs.startup import import_libraries
-    from graft.training.signals import Preempted
 
     import_libraries()
-    race = Race(entrants, config, budget, folder, console.print, download=options.download)
-    console.print(f"race      {folder}")
+
+    from graft.choose.outcome import chosen, command, reason, table
+    from graft.choose.race import run_race
+    from graft.compare.table import terminal_width
+    from graft.reporting.console import console
+    from graft.storage.disk import write_atomically
+    from graft.training.signals import Preempted
+
     try:
-        race.run()
+        race = run_race(entrants, budget, console.print, download=options.download)
     except Preempted as error:
         console.print(f"{error}; the same command goes on")
         sys.exit(128 + error.signum)
-    best, rows = chosen(race), table(race)
+    best, rows, folder = chosen(race), table(race), race.runs.folder
+    write_atomically(folder / "choice.md", rows.markdown())
+    write_atomically(folder / "choice.csv", rows.csv())
     print("\n" + rows.plain(terminal_width()))
-    if options.csv:
-        options.csv.write_text(rows.csv(), encoding="utf-8")
-    if options.md:
-        options.md.write_text(rows.markdown(), encoding="utf-8")
-    console.print(f"time      {race.spent / 60:.1f} of {budget / 60:.1f} min")
+    console.print(f"time      {race.runs.spent / 60:.1f} of {budget / 60:.1f} min")
+    console.print(f"written   choice.md, choice.csv; more: graft compare {folder} --each")
     console.print(f"why       {reason(race, best)}")
-    console.print(f"runs      graft compare {folder} --each")
     console.print(f"chosen    {command(race, best)}")
