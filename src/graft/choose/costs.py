@@ -51,8 +51,9 @@ def measure(config: dict[str, Any], *, download: bool = False) -> Cost:
     started = time.perf_counter()
     extractor.rows(rows)
     seconds = (time.perf_counter() - started) / len(rows)
+    image = data.prepared("train", [0], device)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        backbone(data.prepared("train", [0], device))
+        backbone(image)
     return Cost(
         seconds,
         flops.get_total_flops() // 2,

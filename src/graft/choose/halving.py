@@ -194,7 +194,9 @@ def winner(results: Mapping[Arm, Result], images: int) -> Arm:
         images: that were validated on.
     """
     best = max(result.score for result in results.values())
-    error = math.sqrt(max(best * (1 - best), 0.25 / images) / images)
+    # A perfect score has an error too (Agresti & Coull 1998).
+    share = (best * images + 2) / (images + 4)
+    error = math.sqrt(share * (1 - share) / (images + 4))
     close = [arm for arm, result in results.items() if result.score >= best - error]
     return min(close, key=lambda a: (results[a].share == 1, -results[a].score, results[a].full))
 

@@ -76,7 +76,7 @@ def reason(race: Race, arm: Arm) -> str:
     if result.share < 1:
         text += f" in {100 * result.share:.3g} % of a full training"
     if not others:
-        return f"{text}; the budget allowed no training, only features."
+        return f"{text}; nothing else was trained to its end."
     second = max(others, key=lambda other: results[other].score)
     than = f"{second.candidate} with {_plan(second)} ({100 * results[second].score:.2f} %)"
     error = math.sqrt(result.score * (1 - result.score) / images)

@@ -127,8 +127,9 @@ def path_of(override: str) -> str:
 
 def typed(override: str) -> str:
     """An override as it is typed in a shell; the command quotes paths for Hydra itself."""
-    key = override.partition("=")[0]
-    return shlex.quote(f"{key}={path_of(override)}" if PATHS.fullmatch(key) else override)
+    key, _, value = override.partition("=")
+    is_text = PATHS.fullmatch(key) and value != "null"
+    return shlex.quote(f"{key}={path_of(override)}" if is_text else override)
 
 
 def _from_root(override: str) -> str:
