@@ -7,8 +7,9 @@ race: the biggest model, and the best by LogME (You et al. 2021), nearest neighb
 regression alone, which choose a backbone and leave the plan open: with full fine-tuning, and with
 the plan that is best for it in hindsight. Data and weights are found by environment variables:
 GRAFT_REAL_USPS and GRAFT_REAL_CIFAR (folders with train/ and test/), GRAFT_REAL_LITE0 (a weights
-file of timm's tf_efficientnet_lite0), TORCH_HOME. What is done already in the folder is not
-repeated.
+file of timm's tf_efficientnet_lite0; without it, one candidate less), TORCH_HOME. What is done
+already in the folder is not repeated. Images are decoded before any time is taken; the race pays
+for its features.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import argparse
 import datetime
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from graft.choose.entrants import FEATURES, Entrants, read_entrants
 from graft.choose.halving import Arm
@@ -30,7 +33,7 @@ from graft.choose.race import run_race
 from graft.config.job import compose_job
 from graft.features.prefix import Extractor, FrozenPrefix
 from graft.runs.folder import RunFolder
-from graft.runs.records import read_run, run_folders
+from graft.runs.records import read_run
 from graft.runs.resources import hardware
 from graft.runs.resume import resume_run
 from graft.training.build import build
@@ -39,8 +42,8 @@ TASKS = {
     "digits": ("digits", ["data.shots_per_class=10", "trainer.max_epochs=20"]),
     "usps": ("GRAFT_REAL_USPS", ["data.augment.flip=0", "trainer.max_epochs=4"]),
     "cifar10": (
-        "GRAFT_REAL_CIFAR",
-        ["data.train_fraction=0.01", "data.val_fraction=0.02", "trainer.max_epochs=20"],
+        "cifar10",
+        ["data.train_fraction=0.01", "data.val_fraction=0.01", "trainer.max_epochs=20"],
     ),
 }
 CANDIDATES = """\
@@ -50,8 +53,7 @@ candidates:
   squeezenet: [backbone=squeezenet1_1, data.image_size=96]
   squeezenet_taps: [backbone=squeezenet1_1, backbone.taps=all, data.image_size=96]
   squeezenet_taps_64: [backbone=squeezenet1_1, backbone.taps=all, data.image_size=64]
-  lite0: [backbone=timm, backbone.model=tf_efficientnet_lite0, "backbone.weights={lite0}",
-    data.image_size=96]
+  lite0: [backbone=timm, backbone.model=tf_efficientnet_lite0, data.image_size=96]
 plans:
   linear_probe: [transfer=linear_probe, head=linear_grid, optimizer=adamw]
   lp_ft: [transfer=lp_ft, head.norm=standardize, optimizer=adamw, optimizer.lr=3.0e-4]
@@ -62,17 +64,16 @@ plans:
 def full_runs(entrants: Entrants, folder: Path) -> dict[Arm, dict[str, float]]:
     """Test accuracy, validation accuracy and seconds of every pair."""
     found = {}
-    earlier = {run.path.name: run for run in map(read_run, run_folders(folder))}
+    for candidate in entrants.candidates:
+        build(compose_job(entrants.overrides(candidate, FEATURES)).config)
     for candidate in entrants.candidates:
         for plan in entrants.plans:
-            job = compose_job(["logger=csv", *entrants.overrides(candidate, plan)])
-            run = earlier.get(f"{candidate}-{plan}")
-            if run is None or run.status != "done":
-                path = folder / f"{candidate}-{plan}" if run else None
-                if path is None:
-                    name = f"{candidate}-{plan}"
-                    new = RunFolder.create(folder, name, job.config, job.overrides, job.choices)
-                    path = new.path
+            path = folder / f"{candidate}-{plan}"
+            if not path.exists():
+                job = compose_job(["logger=csv", *entrants.overrides(candidate, plan)])
+                RunFolder.create(folder, path.name, job.config, job.overrides, job.choices)
+            run = read_run(path)
+            if run.status != "done":
                 resume_run(path, trusted=True)
                 run = read_run(path)
             found[Arm(candidate, plan)] = {**run.metrics, "seconds": run.record["seconds"]}
@@ -123,18 +124,25 @@ def logme_of(entrants: Entrants, candidate: str) -> float:
 def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list[str]) -> list[str]:
     """Rows of the table for a task; lines about its runs are added to `lines`."""
     data, overrides = TASKS[task]
-    data = os.environ[data] if data.isupper() else data
-    file = work / "candidates.yaml"
-    file.write_text(CANDIDATES.format(lite0=os.environ["GRAFT_REAL_LITE0"]))
-    places = [f"paths.cache={work / task / 'cache-full'}", f"paths.logs={work / task}"]
+    if data == "cifar10":
+        overrides = [*overrides, f"data.root={os.environ['GRAFT_REAL_CIFAR']}"]
+    data = os.environ.get(data, data)
+    content = yaml.safe_load(CANDIDATES)
+    if weights := os.environ.get("GRAFT_REAL_LITE0"):
+        content["candidates"]["lite0"].append(f"backbone.weights={weights}")
+    else:
+        del content["candidates"]["lite0"]
+    file = work / f"{task}.yaml"
+    file.write_text(yaml.safe_dump(content))
+    places = [f"paths.cache={work / task / 'cache'}", f"paths.logs={work / task}"]
     entrants = read_entrants(data, [*overrides, *own, *places], file=file)
     full = full_runs(entrants, work / task / "full")
     total = sum(run["seconds"] for run in full.values())
     best = max(full, key=lambda arm: full[arm]["test/acc"])
 
-    # A cache of its own: the race pays for its features.
-    places[0] = f"paths.cache={work / task / 'cache-race'}"
-    entrants = read_entrants(data, [*overrides, *own, *places], file=file)
+    if not [*(work / task).glob("choose_*")]:
+        for stored in (work / task / "cache").glob("features-*"):
+            shutil.rmtree(stored)
     race = run_race(entrants, share * total, print)
     arm, runs = chosen(race), race.runs
     if arm.plan == FEATURES:

@@ -20,6 +20,7 @@ from graft.choose.halving import (
     Arm,
     Cost,
     Result,
+    better_half,
     first_part,
     halved,
     interval,
@@ -60,6 +61,11 @@ def test_the_better_half_stays_best_first() -> None:
     results = {A: RESULT, B: replace(RESULT, score=0.95), C: replace(RESULT, score=0.1)}
     assert halved([A, B, C], results) == [B, A]
     assert halved([A, C, Arm("d", "failed")], results) == [A]
+    # The first stage also keeps who is within the noise; nearest neighbours tell equal ones apart.
+    results[C] = replace(RESULT, score=0.89)
+    assert better_half(results, images=100) == [B, A, C]
+    assert better_half(results, images=10_000) == [B, A]
+    assert better_half({A: RESULT, B: replace(RESULT, knn=0.5)}, images=9)[0] == B
 
 
 def test_of_those_within_the_noise_the_one_that_has_still_to_gain_wins_then_the_cheaper() -> None:

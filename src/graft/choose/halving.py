@@ -178,6 +178,17 @@ def next_round(
     return above, []
 
 
+def better_half(results: Mapping[Arm, Result], images: int) -> list[Arm]:
+    """The better half, best first, and who is within a standard error of the last of it."""
+
+    def rank(arm: Arm) -> tuple[float, float]:
+        return results[arm].score, results[arm].knn or 0.0
+
+    arms = sorted(results, key=rank, reverse=True)
+    last = results[arms[math.ceil(len(arms) / 2) - 1]].score
+    return [arm for arm in arms if results[arm].score >= last - standard_error(last, images)]
+
+
 def halved(arms: Sequence[Arm], results: Mapping[Arm, Result]) -> list[Arm]:
     """The better half of those that have a result, best first."""
     there = sorted((a for a in arms if a in results), key=lambda a: -results[a].score)
@@ -194,11 +205,15 @@ def winner(results: Mapping[Arm, Result], images: int) -> Arm:
         images: that were validated on.
     """
     best = max(result.score for result in results.values())
-    # A perfect score has an error too (Agresti & Coull 1998).
-    share = (best * images + 2) / (images + 4)
-    error = math.sqrt(share * (1 - share) / (images + 4))
-    close = [arm for arm, result in results.items() if result.score >= best - error]
+    least = best - standard_error(best, images)
+    close = [arm for arm, result in results.items() if result.score >= least]
     return min(close, key=lambda a: (results[a].share == 1, -results[a].score, results[a].full))
+
+
+def standard_error(score: float, images: int) -> float:
+    """Of an accuracy; a perfect one has an error too (Agresti & Coull 1998)."""
+    share = (score * images + 2) / (images + 4)
+    return math.sqrt(share * (1 - share) / (images + 4))
 
 
 def interval(score: float, images: int) -> tuple[float, float]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from graft.choose.entrants import FEATURES
-from graft.choose.halving import Arm, interval, winner
+from graft.choose.halving import Arm, interval, standard_error, winner
 from graft.choose.race import Race
 from graft.compare.groups import ABSENT
 from graft.compare.table import Column, Table
@@ -79,9 +78,8 @@ def reason(race: Race, arm: Arm) -> str:
         return f"{text}; nothing else was trained to its end."
     second = max(others, key=lambda other: results[other].score)
     than = f"{second.candidate} with {_plan(second)} ({100 * results[second].score:.2f} %)"
-    error = math.sqrt(result.score * (1 - result.score) / images)
     gap = result.score - results[second].score
-    if gap > 2 * error:
+    if gap > 2 * standard_error(result.score, images):
         return f"{text}, clearly above {than}."
     if gap < 0 and results[second].share == 1 > result.share:
         return f"{text}, within the noise of {than}, and it has still to gain from the rest."

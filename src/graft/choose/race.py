@@ -13,7 +13,7 @@ from typing import Any
 
 from graft.choose.costs import NotAtHand, measure
 from graft.choose.entrants import FEATURES, Entrants
-from graft.choose.halving import Arm, first_part, halved, learns, next_round
+from graft.choose.halving import Arm, better_half, first_part, halved, learns, next_round
 from graft.choose.runs import Runs, locked
 from graft.config.job import compose_job
 from graft.config.names import file_word
@@ -144,12 +144,8 @@ def _require_disk(runs: Runs, part: float, names: list[str], cache: Path) -> Non
 
 def _rounds(runs: Runs) -> list[Arm]:
     """Short trainings of the better half of the candidates; returns the arms to choose from."""
-
-    def rank(arm: Arm) -> tuple[float, float]:
-        return runs.results[arm].score, runs.results[arm].knn or 0.0
-
-    first = sorted(runs.results, key=rank, reverse=True)
-    names = [arm.candidate for arm in first[: math.ceil(len(first) / 2)]]
+    images = next(iter(runs.costs.values())).val
+    names = [arm.candidate for arm in better_half(runs.results, images)]
     arms = [Arm(name, plan) for name in names for plan in runs.entrants.plans]
     heads = [arm for arm in arms if not learns(runs.full(arm))]  # of these, all is trained at once
     tuned = [arm for arm in arms if arm not in heads]
@@ -175,4 +171,4 @@ def _rounds(runs: Runs) -> list[Arm]:
         tuned = halved(tuned, runs.results)
     tuned = [arm for arm in tuned if arm in runs.results]
     done = [arm for arm in heads if arm in runs.results]
-    return [*done, *tuned] or first[:1]
+    return [*done, *tuned] or [Arm(names[0], FEATURES)]

@@ -100,7 +100,7 @@ class Runs:
         job = self.job(arm, share)
         run = next((run for run in self.runs if run.config == job.config), None)
         if run is None or run.status not in FINAL:
-            if self.left <= 0:
+            if self.left < (0.0 if arm.plan == FEATURES else self.predicted(arm, share)):
                 return
             if run is None:
                 name = f"{len(self.runs):03d}_{arm.candidate}_{arm.plan}"
