@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from graft.choose import runs as runs_module
 from graft.data.datamodule import TransferDataModule
+from graft.runs.resume import resume_run
 from graft.training.signals import Preempted
 from tests.conftest import Graft
 
@@ -82,15 +82,15 @@ def test_a_race_gives_a_command_that_works_and_is_not_run_twice(
 def test_a_race_that_was_stopped_goes_on(
     graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = runs_module.resume_run, []
+    calls: list[Path] = []
 
     def stopped(path: Path, **options: Any) -> dict[str, float]:
         calls.append(path)
         if len(calls) == 2:
             raise Preempted(signal.SIGTERM)
-        return real(path, **options)
+        return resume_run(path, **options)
 
-    monkeypatch.setattr(runs_module, "resume_run", stopped)
+    monkeypatch.setattr("graft.choose.runs.resume_run", stopped)
     command = ["choose", "synthetic", *RACE, *DATA, "--plans", "linear_probe"]
     first = graft(*command)
     assert first.returncode == 128 + signal.SIGTERM

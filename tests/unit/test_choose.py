@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from graft.choose import race as race_module
 from graft.choose.costs import NotAtHand, measure
 from graft.choose.entrants import FEATURES, read_entrants, seconds_of
 from graft.choose.halving import (
@@ -31,6 +30,7 @@ from graft.choose.halving import (
     work,
 )
 from graft.choose.neighbours import vote
+from graft.choose.race import run_race
 from graft.config.job import compose_job
 from graft.config.resolved import CONFIGS
 from tests.conftest import TINY, Graft, compose
@@ -198,12 +198,14 @@ def test_a_file_of_candidates_that_is_wrong(tmp_path: Path, text: str, message: 
         read_entrants("digits", [], file=tmp_path / "mine.yaml")
 
 
-def test_the_first_stage_takes_no_notice_of_how_stages_step() -> None:
-    own = ["optimizer.lr=0.1", "data.augment.flip=0", "seed=3", "trainer.max_epochs=2"]
-    entrants = read_entrants("digits", own)
-    first = entrants.overrides("resnet20_cifar", FEATURES)
-    assert [o for o in own if o in first] == ["seed=3"]
-    assert entrants.overrides("resnet20_cifar", "finetune")[-4:] == own
+def test_an_override_goes_to_the_plans_that_it_acts_on() -> None:
+    own = ["data.augment.flip=0", "seed=3", "sample_transform=rand_augment"]
+    entrants = read_entrants("digits", own, plans=["linear_probe", "finetune"])
+    for plan, acting in (("linear_probe", own[1:2]), ("finetune", own), (FEATURES, own[1:2])):
+        overrides = entrants.overrides("resnet20_cifar", plan)
+        assert [o for o in own if o in overrides] == acting
+    with pytest.raises(ValueError, match=r"optimizer.lr=0.1: every stage of this plan has its own"):
+        read_entrants("digits", ["optimizer.lr=0.1"], plans=["linear_probe"])
 
 
 def test_weights_that_are_not_at_hand_are_not_asked_for(
@@ -235,8 +237,8 @@ def test_a_disk_that_does_not_hold_the_features_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(race_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     entrants = read_entrants("synthetic", [f"paths.logs={tmp_path}"], candidates=["resnet20_cifar"])
     message = r"features of 1 candidate take [\d.]+ kB, and the disk has 1.0 kB free: make room"
     with pytest.raises(OSError, match=message):
-        race_module.run_race(entrants, 600, print)
+        run_race(entrants, 600, print)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from graft.config.job import data_overrides
+from graft.config.job import compose_job, data_overrides
 from graft.config.overrides import key_of, place, search_path
 from graft.config.resolved import CONFIGS
 from graft.config.words import did_you_mean
@@ -22,30 +23,22 @@ DECIDED = {
     "name": "the race names its runs",
     "tags": "the race names its runs",
 }
-# Overrides that say how stages train by steps, which the first stage of the race does not.
-STEPS = re.compile(
-    r"(optimizer|scheduler|sample_transform)\b"
-    r"|data\.(augment|sample_transform|epoch_images|batch_size|drop_last|sampling)\b"
-    r"|trainer\.(max_epochs|gradient_clip_val|accumulate_grad_batches)"
-)
 
 
 @dataclass(frozen=True)
 class Entrants:
-    """Overrides by name, and those of every run: the data first, the user's own last."""
+    """Overrides by name: of the data, of candidates, and of plans with the user's own that act on
+    them; the own come last. `config`: of a run of the first plan with the default backbone.
+    """
 
     data: list[str]
-    own: list[str]
     candidates: dict[str, list[str]]
     plans: dict[str, list[str]]
+    config: dict[str, Any]
 
     def overrides(self, candidate: str, plan: str) -> list[str]:
         """What `graft train` takes for a full run of a pair."""
-        if plan == FEATURES:
-            own = [o for o in self.own if not STEPS.match(o.lstrip("+~"))]
-            head = ["transfer=ridge_probe", "head.norm=standardize"]
-            return [*self.data, *self.candidates[candidate], *head, *own]
-        return [*self.data, *self.candidates[candidate], *self.plans[plan], *self.own]
+        return [*self.data, *self.candidates[candidate], *self.plans[plan]]
 
 
 def read_entrants(
@@ -68,6 +61,8 @@ def read_entrants(
         group = key_of(override).partition(".")[0]
         if group in DECIDED:
             raise ValueError(f"{override}: {DECIDED[group]}")
+        if key_of(override) in ("task", "task.monitor", "task.mode"):  # ridge knows classes
+            raise ValueError(f"{override}: graft choose compares classifiers by val/acc")
         if key_of(override) == "trainer.limit_test_batches":
             raise ValueError(f"{override}: no run of the race looks at the test split")
     path = CONFIGS / "choose.yaml" if file is None else place(file)
@@ -76,12 +71,39 @@ def read_entrants(
     content = read_yaml_mapping(path)
     named = {key: _lists(path, key, content.get(key)) for key in ("candidates", "plans")}
     transfers = {p.stem: [f"transfer={p.stem}"] for p in (CONFIGS / "transfer").glob("*.yaml")}
-    return Entrants(
-        data_overrides(data, search_path(overrides)),
-        [*overrides],
-        _chosen("candidate", candidates, named["candidates"], {}),
-        _chosen("plan", plans, named["plans"], transfers),
-    )
+    racing = _chosen("candidate", candidates, named["candidates"], {})
+    chosen = _chosen("plan", plans, named["plans"], transfers)
+    of_data = data_overrides(data, search_path(overrides))
+    acting, config = _acting(of_data, chosen, overrides)
+    first = ["transfer=ridge_probe", "head.norm=standardize"]
+    acting |= _acting(of_data, {FEATURES: first}, overrides)[0]
+    for override in overrides:
+        if all(override not in acting[plan] for plan in chosen):
+            compose_job([*of_data, *chosen[next(iter(chosen))], override])  # which says why
+    return Entrants(of_data, racing, acting, config)
+
+
+def _acting(
+    data: list[str], plans: Mapping[str, list[str]], own: Sequence[str]
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Plans with those of the user's overrides that act on them, and the config of the first.
+
+    A rate has no meaning for a head in closed form, which is no reason not to race it against
+    plans that have one.
+    """
+    found, configs = {}, []
+    for name, plan in plans.items():
+        left = [*own]
+        while name not in found:
+            try:
+                configs.append(compose_job([*data, *plan, *left]).config)
+                found[name] = [*plan, *left]
+            except ValueError as error:
+                idle = [o for o in left if str(error).startswith((f"{o}: ", f"data.{key_of(o)}: "))]
+                if not idle:
+                    raise
+                left.remove(idle[0])
+    return found, configs[0]
 
 
 def _lists(path: Path, key: str, node: object) -> dict[str, list[str]]:

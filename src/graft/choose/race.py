@@ -15,13 +15,10 @@ from graft.choose.costs import NotAtHand, measure
 from graft.choose.entrants import FEATURES, Entrants
 from graft.choose.halving import Arm, better_half, first_part, halved, learns, next_round
 from graft.choose.runs import Runs, locked
-from graft.config.job import compose_job
 from graft.config.names import file_word
 from graft.config.resolved import explain
 from graft.config.words import plural
 from graft.storage.disk import readable
-
-CLASSIFICATION = "graft.tasks.classification.Classification"
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,9 @@ def run_race(
         ValueError: nothing can run, or another process is at it.
         OSError: the disk does not hold the features.
     """
-    config = _common_config(entrants)
-    folder = _folder(Path(config["paths"]["logs"]), entrants)
+    _require_one_device(entrants.config["trainer"])
+    paths = entrants.config["paths"]
+    folder = _folder(Path(paths["logs"]), entrants)
     tell(f"race      {folder}")
     with locked(folder):
         runs = Runs(folder, entrants, budget, tell)
@@ -60,7 +58,7 @@ def run_race(
         if runs.state["part"] is None:
             part, slow = first_part(runs.costs, budget, runs.overhead)
             names = [name for name in runs.costs if name not in slow]
-            _require_disk(runs, part, names, Path(config["paths"]["cache"]))
+            _require_disk(runs, part, names, Path(paths["cache"]))
             runs.save(part=part, slow=slow)
         left_out |= runs.state["slow"]
         part = runs.state["part"]
@@ -77,30 +75,17 @@ def run_race(
     return Race(runs, finalists, left_out)
 
 
-def _common_config(entrants: Entrants) -> dict[str, Any]:
-    """The config of a run with the data and the overrides that all runs have.
-
-    Raises:
-        ValueError: it is wrong whoever races.
-    """
-    config = compose_job([*entrants.data, *entrants.own]).config
-    task, trainer = config["task"], config["trainer"]
-    if task["_target_"] != CLASSIFICATION or task["monitor"] != "val/acc":
-        raise ValueError(
-            f"{task['_target_'].rpartition('.')[2]}, task.monitor={task['monitor']}: graft choose "
-            "compares classifiers by val/acc"
-        )
+def _require_one_device(trainer: dict[str, Any]) -> None:
     if trainer["devices"] not in (1, "1") or trainer["num_nodes"] != 1:
         raise ValueError(
             f"trainer.devices={trainer['devices']}, num_nodes={trainer['num_nodes']}: a race takes "
             "one device"
         )
-    return config
 
 
 def _folder(logs: Path, entrants: Entrants) -> Path:
     """The same for the same command, whatever its budget."""
-    said = json.dumps(asdict(entrants))
+    said = json.dumps([entrants.data, entrants.candidates, entrants.plans])
     name = file_word(entrants.data[-1].strip("'").rpartition("/")[2].rpartition("=")[2])
     return logs / f"choose_{name}_{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 

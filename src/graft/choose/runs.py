@@ -92,8 +92,10 @@ class Runs:
     @staticmethod
     def _part(data: dict[str, Any], part: float) -> list[str]:
         if shots := data["shots_per_class"]:
-            return [f"data.shots_per_class={max(1, round(part * shots))}"]
-        return [f"data.train_fraction={part * data['train_fraction']:.6f}"]
+            fewer = f"data.shots_per_class={max(1, round(part * shots))}"
+        else:
+            fewer = f"data.train_fraction={part * data['train_fraction']:.6f}"
+        return [fewer, "data.batch_size=null"]  # which may be more than there are
 
     def run(self, arm: Arm, share: float) -> None:
         """Have a result of an arm, unless the time is over or its run fails."""
