@@ -15,7 +15,8 @@ OPTIONAL = {
     "sweeps": (
         "src/graft/sweeps", "src/hydra_plugins", "configs/hydra/launcher", "configs/hydra/sweeper",
     ),
-    "compare": ("src/graft/compare", "src/graft/commands/compare.py"),
+    "choose": ("src/graft/choose", "src/graft/commands/choose.py", "configs/choose.yaml"),
+    "compare": ("src/graft/compare", "src/graft/commands/compare.py", "src/graft/choose"),
     "evaluation": (
         "src/graft/evaluation", "src/graft/commands/evaluate.py", "src/graft/runs/evaluate.py",
         "src/graft/runs/other_data.py", "src/graft/deploy",

@@ -100,7 +100,7 @@ TRAINER: dict[str, Check] = {
     "deterministic": either("true, false or warn", BOOL, one_of("warn")),
     "limit_train_batches": BATCHES,
     "limit_val_batches": BATCHES,
-    "limit_test_batches": BATCHES,
+    "limit_test_batches": either(f"{BATCHES[0]}, or 0 for no test", BATCHES, NATURAL),
 }
 MORE_TRAINER: dict[str, Check] = {
     "benchmark": BOOL,

@@ -128,6 +128,13 @@ def path_of(override: str) -> str:
     return value.text if isinstance(value, QuotedString) else str(value)
 
 
+def typed(override: str) -> str:
+    """An override as it is typed in a shell; the command quotes paths for Hydra itself."""
+    key, _, value = override.partition("=")
+    is_text = PATHS.fullmatch(key) and value != "null"
+    return shlex.quote(f"{key}={path_of(override)}" if is_text else override)
+
+
 def _from_root(override: str) -> str:
     key = override.partition("=")[0]
     if not PATHS.fullmatch(key):

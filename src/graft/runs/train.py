@@ -263,14 +263,19 @@ def train(
         (metrics,) = trainer.test(module, datamodule=datamodule, verbose=False)
         return {key: float(value) for key, value in metrics.items()}
 
-    adapted = test("test_target") if "test_target" in datamodule.splits else {}
-    if (oracle := results[-1].oracle) is not None:
-        adapted["oracle/acc"] = oracle
-    collect = Collect(tensorboard.EMBEDDED if tensorboard.shows_images(config["logger"]) else 0)
-    tested = test("test", collect) | adapted
-    if folder is not None and module.task.classifies:
-        recall = lowest_recall(Predictions.joined(collect.parts), datamodule.classes)
-        folder.update(recall=recall)
-    pictured = [collect] if module.task.classifies else []
+    tested: dict[str, float] = {}
+    pictured: list[Collect] = []
+    if options["limit_test_batches"] != 0:
+        if "test_target" in datamodule.splits:
+            tested |= test("test_target")
+        if (oracle := results[-1].oracle) is not None:
+            tested["oracle/acc"] = oracle
+        collect = Collect(tensorboard.EMBEDDED if tensorboard.shows_images(config["logger"]) else 0)
+        tested |= test("test", collect)
+        if module.task.classifies:
+            pictured.append(collect)
+            if folder is not None:
+                predictions = Predictions.joined(collect.parts)
+                folder.update(recall=lowest_recall(predictions, datamodule.classes))
     tensorboard.log_end(loggers, module.task.monitor, datamodule, pictured, results)
     return {module.task.monitor: results[-1].best_score, **tested}, module
