@@ -9,7 +9,11 @@ from typing import Any
 
 from graft.config.overrides import is_path
 
+PRETRAINING = {
+    f"graft.tasks.{name}.{name.capitalize()}": name for name in ("denoising", "masked", "barlow")
+}
 IMAGE_FOLDER = "graft.data.sources.folder.ImageFolder"
+FEATURES = "graft.models.heads.FeaturesHead"
 PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
 
 # Callbacks of Lightning's that have no place in a run, and what has.
@@ -34,6 +38,7 @@ def conflict(plain: dict[str, Any]) -> str | None:
         _stage_problem(plain)
         or _grid_problem(plain)
         or _task_problem(plain)
+        or _pretraining_problem(plain)
         or _solver_problem(plain)
         or _batchnorm_problem(plain)
         or _augment_problem(plain)
@@ -191,6 +196,39 @@ def _task_problem(plain: dict[str, Any]) -> str | None:
             return f"transfer.stages.{name}.label_smoothing: this task has none"
     if task["mode"] == "max" and task["monitor"].rpartition("/")[2] in ("loss", "mae", "rmse"):
         return f"task.monitor={task['monitor']}: smaller is better: set task.mode=min"
+    return None
+
+
+def _pretraining_problem(plain: dict[str, Any]) -> str | None:
+    """What a task without labels cannot use, and what the others cannot do without."""
+    data, head, task = plain["data"], plain["head"], plain["task"]
+    name, own = PRETRAINING.get(task["_target_"]), head["_target_"] == FEATURES
+    if name is None:
+        return "head=features: gives no outputs: it is for self-supervised tasks" if own else None
+    key = f"task={name}"
+    if not own:
+        return f"{key}: has a decoder or projector of its own: set head=features"
+    if data.get("shots_per_class") is not None or data.get("sampling") == "balanced":
+        option = "shots_per_class" if data.get("shots_per_class") else "sampling=balanced"
+        return f"data.{option}: {key} sees no classes: use data.train_fraction"
+    if task["monitor"] == "val/probe_acc" and (task.get("probe") != 1 or task["mode"] != "max"):
+        return "task.monitor=val/probe_acc: set task.probe=1 and task.mode=max too"
+    if plain["mirror"]:
+        return f"mirror=true: {key} has no features to average"
+    for stage, options in plain["transfer"]["stages"].items():
+        place = f"transfer.stages.{stage}"
+        if options.get("trainable", "all") != "all":
+            return f"{place}.trainable: {key} trains the whole backbone: set it to all"
+        if options.get("cache") == "on" or options.get("views", "none") != "none":
+            return f"{place}: {key} has no frozen features to store: leave cache and views out"
+        augment = options.get("augment", True)
+        used = {**(data.get("augment") or {}), **(augment if isinstance(augment, dict) else {})}
+        if augment is not False and (used.get("mixup") or used.get("cutmix")):
+            return f"{key}: knows no labels to mix: set data.augment.mixup=0 and cutmix=0"
+        if name == "barlow" and (augment is False or not used):
+            return f"{key}: two views of an image would be equal: {place} must augment"
+    if name == "barlow" and data.get("sample_transform") is not None:
+        return f"{key}: data.sample_transform would be drawn once for both views: use data.augment"
     return None
 
 

@@ -99,6 +99,8 @@ class TransferDataModule(L.LightningDataModule):
         self.recorded = recorded
         self.changes: dict[str, str] = {}  # by split, what has changed since it was recorded
         self.streams: tuple[str, ...] = ("train",)  # of the task
+        self.two_views = False  # likewise
+        self.sees_labels = True  # likewise: or else no split is drawn by them
         self.stage_seed = seed
         self.features: dict[str, StoredFeatures] = {}
         self.steps_per_batch = 1  # of stored features in training: see `training.steps`
@@ -123,7 +125,8 @@ class TransferDataModule(L.LightningDataModule):
             self.classes = self.recorded.classes
             splits, self.changes = self.recorded.find(loaded)
         else:
-            self.classes, splits = loaded.classes, self.draw_splits(loaded)
+            self.classes = loaded.classes
+            splits = self.draw_splits(loaded, stratified=self.sees_labels)
         if self.sampling == "balanced" and splits["train"].targets is not None:
             raise ValueError("data.sampling=balanced needs classes, and this data has none")
         images = self.epoch_images or len(splits["train"])
@@ -292,7 +295,15 @@ class TransferDataModule(L.LightningDataModule):
         return epoch_and_first_batch(self.trainer)[0]
 
     def transform(self, batch: Batch, *, augment: bool, epoch: int = 0) -> Batch:
-        """The batch with its rows prepared; if `augment`, as the stage trains on them."""
-        if augment:
-            return self.inputs.augment(batch, self.num_classes, seed=self.stage_seed, epoch=epoch)
-        return {**batch, "input": self.inputs.prepare(batch["input"])}
+        """The batch with its rows prepared; if `augment`, as the stage trains on them, with the
+        seed and epoch of a task's own draws. Of two views both are augmented, and the same ones
+        in every validation.
+        """
+        seed = self.stage_seed if augment else 0
+        draw = partial(self.inputs.augment, batch, self.num_classes, epoch=epoch if augment else 0)
+        more = {"draw": torch.tensor([seed, epoch])} if augment else {}
+        if self.two_views:
+            more["second"] = draw(seed=seed + 2_147_483_647)["input"]
+        elif not augment:
+            return {**batch, "input": self.inputs.prepare(batch["input"])}
+        return {**draw(seed=seed), **more}

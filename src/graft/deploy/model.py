@@ -22,6 +22,7 @@ from graft.models.backbone import Backbone
 from graft.runs.open import checkpoint_path, read_checkpoint, read_run
 from graft.storage.run_json import read_record
 from graft.tasks.base import Task
+from graft.tasks.pretraining import require_outputs
 from graft.training.build import build_backbone, build_module
 from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import stored_form
@@ -114,6 +115,7 @@ def load(
     if note.get("preprocessing") is not None:
         backbone.preprocessing = backbone.preprocessing.with_own(note["preprocessing"])
     module = build_module(config, backbone, len(note["classes"]))
+    require_outputs(module.task, run)
     stage, _ = restore(module, config, checkpoint, path)
     backbone.mirror |= mirror
     data = config["data"]

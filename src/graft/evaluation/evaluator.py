@@ -18,7 +18,7 @@ from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import Batch, ImageDataset
 from graft.data.items import SplitRecord
 from graft.data.subset import stratified_fraction
-from graft.evaluation.adapt import Tent, estimate_statistics, kept, require_batch_norms
+from graft.evaluation.adapt import Tent, kept
 from graft.evaluation.corruptions import CorruptedImages
 from graft.features.store import FeatureStore
 from graft.models.weights import check_finite, load_state
@@ -26,6 +26,7 @@ from graft.plan.stage import Stage
 from graft.reporting import report
 from graft.reporting.collect import Collect, Outputs
 from graft.tasks.scores import Predictions, scores
+from graft.training.adabn import estimate_statistics, require_batch_norms
 from graft.training.build import build, build_stages
 from graft.training.module import TransferModule
 from graft.training.run_stages import StartStage
@@ -117,7 +118,7 @@ class Evaluator:
         Raises:
             ValueError: it has no BatchNorm to adapt.
         """
-        require_batch_norms(self.module.backbone, str(self.adapt))
+        require_batch_norms(self.module.backbone, f"--adapt {self.adapt}")
         gpu = self.options["accelerator"] != "cpu" and torch.cuda.is_available()
         module = self.module.to("cuda" if gpu else "cpu").eval()
         self.datamodule.start_stage(self.index, augment=False, image_size=self.stage.image_size)

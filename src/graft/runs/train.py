@@ -149,7 +149,7 @@ def train(
     train_split = datamodule.splits["train"]
     learnt = train_split.labels if train_split.targets is None else train_split.targets
     module.task.prepare(learnt, datamodule.classes)
-    datamodule.streams = module.task.streams
+    datamodule.streams, datamodule.two_views = module.task.streams, module.task.two_views
     if config["trainer"]["compile"]:
         compile_blocks(module.backbone, config["trainer"]["compile"])
     path = folder.path if folder is not None else Path("unused-on-other-ranks")
@@ -242,9 +242,11 @@ def train(
     )
     start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
     collect = Collect(tensorboard.EMBEDDED if tensorboard.shows_images(config["logger"]) else 0)
-    trainer = new_trainer(stages[-1], [start, collect])
-    tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
-    tested = {key: float(value) for key, value in tested.items()}
+    tested: dict[str, float] = {}
+    if not module.task.pretrains:  # whose encoder is what counts
+        trainer = new_trainer(stages[-1], [start, collect])
+        (metrics,) = trainer.test(module, datamodule=datamodule, verbose=False)
+        tested = {key: float(value) for key, value in metrics.items()}
     if folder is not None and module.task.classifies:
         recall = lowest_recall(Predictions.joined(collect.parts), datamodule.classes)
         folder.update(recall=recall)

@@ -62,6 +62,9 @@ class Task(nn.Module, ABC):
         streams: splits of the data that a training batch holds. Of "train" alone, `loss` is called
             with its batch; of several, with a batch for each: batch["train"], batch["target"].
         classifies: whether outputs are logits of classes, so that a test shows its mistakes.
+        two_views: whether a batch has a second augmentation of its images, batch["second"].
+        pretrains: whether the task is self-supervised: it sees no label, its encoder is kept with
+            BatchNorm statistics of clean images, and there is no test.
         output_kind: of what `predicted` gives: probabilities of "classes" that exclude each other,
             of "labels" that do not, or "numbers".
 
@@ -77,6 +80,8 @@ class Task(nn.Module, ABC):
 
     streams: tuple[str, ...] = ("train",)
     classifies = False
+    two_views = False
+    pretrains = False
     output_kind: Literal["classes", "labels", "numbers"] = "numbers"
 
     def __init__(
@@ -88,8 +93,8 @@ class Task(nn.Module, ABC):
         self.monitor, self.mode = monitor, mode
         self.own_metrics = nn.ModuleDict(dict(metrics or {}))
 
-    def build(self, num_outputs: int) -> None:
-        """Make what depends on the number of outputs, before weights are loaded."""
+    def build(self, num_outputs: int, backbone: Backbone) -> None:
+        """Make what depends on the number of outputs or the backbone, before weights are loaded."""
 
     def prepare(self, labels: NDArray[Any], classes: Sequence[str]) -> None:
         """Look at the training labels (N,) or targets (N, T), once before training.

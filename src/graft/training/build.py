@@ -67,6 +67,7 @@ def build(
         recorded=recorded,
     )
     datamodule.processes = processes(config["trainer"])
+    datamodule.sees_labels = not getattr(find(config["task"]["_target_"]), "pretrains", False)
     datamodule.prepare_data()
     datamodule.setup()
     if classes is not None:
@@ -84,7 +85,7 @@ def build_module(config: dict[str, Any], backbone: Backbone, num_outputs: int) -
     backbone.mirror = config["mirror"]
     head = seeded_head(bind_head(config), (backbone.num_features, num_outputs), head_seed(config))
     task = make(config["task"])
-    task.build(num_outputs)
+    task.build(num_outputs, backbone)
     return TransferModule(backbone, head, task)
 
 
