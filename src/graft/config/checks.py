@@ -235,6 +235,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     },
     "graft.data.sources.cifar.Cifar10": {**_FOLDER, "download": BOOL},
     "graft.data.sources.folder.ImageFolder": _IMAGES,
+    "graft.data.sources.folder.UnlabelledFolder": _IMAGES,
     "graft.data.sources.table.ImageTable": {
         **_IMAGES,
         "table": TEXT,

@@ -13,6 +13,7 @@ PRETRAINING = {
     f"graft.tasks.{name}.{name.capitalize()}": name for name in ("denoising", "masked", "barlow")
 }
 IMAGE_FOLDER = "graft.data.sources.folder.ImageFolder"
+UNLABELLED_FOLDER = "graft.data.sources.folder.UnlabelledFolder"
 FEATURES = "graft.models.heads.FeaturesHead"
 PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
 
@@ -51,7 +52,10 @@ def conflict(plain: dict[str, Any]) -> str | None:
 def missing_path(plain: dict[str, Any]) -> str | None:
     """The first path of a new run that there is not; data that is downloaded need not be there."""
     source, weights = plain["data"]["source"], plain["backbone"].get("weights")
-    if source["_target_"] == IMAGE_FOLDER and not Path(source["root"]).is_dir():
+    if (
+        source["_target_"] in (IMAGE_FOLDER, UNLABELLED_FOLDER)
+        and not Path(source["root"]).is_dir()
+    ):
         return f"{source['root']}: no such folder; data.root= says where the images are"
     if is_path("backbone.weights", weights) and not Path(weights).exists():
         return f"backbone.weights={weights}: neither a file nor a run folder of graft"
@@ -203,6 +207,11 @@ def _pretraining_problem(plain: dict[str, Any]) -> str | None:
     """What a task without labels cannot use, and what the others cannot do without."""
     data, head, task = plain["data"], plain["head"], plain["task"]
     name, own = PRETRAINING.get(task["_target_"]), head["_target_"] == FEATURES
+    unlabelled = data["source"]["_target_"] == UNLABELLED_FOLDER
+    if name is None and unlabelled:
+        return "data=unlabelled_folder: has no classes to learn: use data=image_folder"
+    if unlabelled and task.get("probe"):
+        return f"task.probe={task['probe']}: these images have no classes: set task.probe=0"
     if name is None:
         return "head=features: gives no outputs: it is for self-supervised tasks" if own else None
     key = f"task={name}"

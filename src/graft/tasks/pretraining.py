@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,8 @@ class Restoring(Pretraining):
 @torch.no_grad()
 def _after_the_map(backbone: Backbone, side: int) -> str:
     """The first block with weights above the last map; "" where there is none."""
-    state, names = blank_image(side), []
+    state: Any = blank_image(side)
+    names: list[str] = []
     training = backbone.training
     backbone.eval()
     for name, block in backbone.blocks.named_children():
