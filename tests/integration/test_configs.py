@@ -29,7 +29,7 @@ REQUIRED = {
     "torchvision": ["backbone.model=resnet18"],
     "timm": ["backbone.model=resnet18"],
     "domain_shift": ["data.root=somewhere", "data.target=elsewhere"],
-    **dict.fromkeys(("adabn", "coral", "dann"), ["data.target=elsewhere"]),
+    **{key: ["data.target=elsewhere"] for key in ("adabn", "coral", "dann")},
 }
 
 

@@ -183,6 +183,9 @@ def test_hidden_tokens(corpus: Path) -> None:
 
 
 class Asked(nn.Module):
+    progress: Any = None
+    features: Any = None
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone, self.head = backbone, nn.Linear(16, 2)

@@ -61,6 +61,8 @@ AUGMENT: dict[str, Check] = {
     "flip": PROBABILITY,
     "scale": or_null(range_of("two areas above 0 and up to 1, like [0.08, 1]", 1.0)),
     "ratio": range_of("two numbers above 0, like [0.75, 1.33]", float("inf")),
+    "color": PROBABILITY,
+    "grayscale": PROBABILITY,
     "erase": PROBABILITY,
     "mixup": NOT_NEGATIVE,
     "cutmix": NOT_NEGATIVE,
@@ -247,6 +249,8 @@ _CLASSIFICATION = {
     ),
     "label_smoothing": BELOW_ONE,
 }
+_PRETRAINING = {"probe": NATURAL}
+_RESTORING = {**_PRETRAINING, "decoder_width": up_to(0, 10_000)}
 ARGUMENTS: dict[str, dict[str, Check]] = {
     "graft.models.huggingface.huggingface_backbone": {
         **_WEIGHTS,
@@ -275,6 +279,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     },
     "graft.data.sources.cifar.Cifar10": {**_FOLDER, "download": BOOL},
     "graft.data.sources.folder.ImageFolder": _IMAGES,
+    "graft.data.sources.folder.UnlabelledFolder": _IMAGES,
     "graft.data.sources.table.ImageTable": {
         **_IMAGES,
         "table": TEXT,
@@ -300,6 +305,19 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         ),
     },
     "graft.tasks.regression.Regression": {"loss": one_of("mse", "l1", "huber")},
+    "graft.tasks.denoising.Denoising": {**_RESTORING, "noise": NOT_NEGATIVE, "blur": NOT_NEGATIVE},
+    "graft.tasks.masked.Masked": {
+        **_RESTORING,
+        "patch": POSITIVE_INT,
+        "ratio": FRACTION,
+        "normalise": BOOL,
+    },
+    "graft.tasks.barlow.Barlow": {
+        **_PRETRAINING,
+        "width": up_to(1, 100_000),
+        "layers": up_to(1, 10),
+        "redundancy": POSITIVE,
+    },
     "graft.models.heads.CosineHead": {"scale": POSITIVE},
     "graft.models.heads.MLPHead": {"hidden": up_to(1, 1_000_000), "layers": up_to(0, 1000)},
     "graft.reporting.loggers.TensorBoard": {"images": BOOL},

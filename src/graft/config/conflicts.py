@@ -12,6 +12,11 @@ from graft.config.overrides import is_path
 TWO_STREAMS = ("graft.tasks.coral.Coral", "graft.tasks.dann.Dann")
 IMAGE_FOLDER = "graft.data.sources.folder.ImageFolder"
 PRETRAIN_BERT = "graft.tasks.pretrain_bert.PretrainBert"
+PRETRAINING = {
+    f"graft.tasks.{name}.{name.capitalize()}": name for name in ("denoising", "masked", "barlow")
+}
+UNLABELLED_FOLDER = "graft.data.sources.folder.UnlabelledFolder"
+FEATURES = "graft.models.heads.FeaturesHead"
 PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
 
 # Callbacks of Lightning's that have no place in a run, and what has.
@@ -37,6 +42,7 @@ def conflict(plain: dict[str, Any]) -> str | None:
         or _grid_problem(plain)
         or _task_problem(plain)
         or _target_problem(plain)
+        or _pretraining_problem(plain)
         or _solver_problem(plain)
         or _batchnorm_problem(plain)
         or _augment_problem(plain)
@@ -52,7 +58,8 @@ def missing_path(plain: dict[str, Any]) -> str | None:
     target = plain["data"].get("target")
     if isinstance(target, str) and not Path(target).is_dir():
         return f"data.target={target}: no such folder; class folders of the other domain go there"
-    if source["_target_"] == IMAGE_FOLDER and not Path(source["root"]).is_dir():
+    folders = (IMAGE_FOLDER, UNLABELLED_FOLDER)
+    if source["_target_"] in folders and not Path(source["root"]).is_dir():
         return f"{source['root']}: no such folder; data.root= says where the images are"
     if is_path("backbone.weights", weights) and not Path(weights).exists():
         return f"backbone.weights={weights}: neither a file nor a run folder of graft"
@@ -237,6 +244,44 @@ def _target_problem(plain: dict[str, Any]) -> str | None:
         augment = {**(data.get("augment") or {}), **(own if isinstance(own, dict) else {})}
         if own is not False and (augment.get("mixup") or augment.get("cutmix")):
             return "data.augment.mixup and cutmix mix labels, and images of data.target have none"
+    return None
+
+
+def _pretraining_problem(plain: dict[str, Any]) -> str | None:
+    """What a task without labels cannot use, and what the others cannot do without."""
+    data, head, task = plain["data"], plain["head"], plain["task"]
+    name, own = PRETRAINING.get(task["_target_"]), head["_target_"] == FEATURES
+    unlabelled = data["source"]["_target_"] == UNLABELLED_FOLDER
+    if name is None and unlabelled:
+        return "data=unlabelled_folder: has no classes to learn: use data=image_folder"
+    if unlabelled and task.get("probe"):
+        return f"task.probe={task['probe']}: these images have no classes: set task.probe=0"
+    if name is None:
+        return "head=features: gives no outputs: it is for self-supervised tasks" if own else None
+    key = f"task={name}"
+    if not own:
+        return f"{key}: has a decoder or projector of its own: set head=features"
+    if data.get("shots_per_class") is not None or data.get("sampling") == "balanced":
+        option = "shots_per_class" if data.get("shots_per_class") else "sampling=balanced"
+        return f"data.{option}: {key} sees no classes: use data.train_fraction"
+    if task["monitor"] == "val/probe_acc" and (task.get("probe") != 1 or task["mode"] != "max"):
+        return "task.monitor=val/probe_acc: set task.probe=1 and task.mode=max too"
+    if plain["mirror"]:
+        return f"mirror=true: {key} has no features to average"
+    for stage, options in plain["transfer"]["stages"].items():
+        place = f"transfer.stages.{stage}"
+        if options.get("trainable", "all") != "all":
+            return f"{place}.trainable: {key} trains the whole backbone: set it to all"
+        if options.get("cache") == "on" or options.get("views", "none") != "none":
+            return f"{place}: {key} has no frozen features to store: leave cache and views out"
+        augment = options.get("augment", True)
+        used = {**(data.get("augment") or {}), **(augment if isinstance(augment, dict) else {})}
+        if augment is not False and (used.get("mixup") or used.get("cutmix")):
+            return f"{key}: knows no labels to mix: set data.augment.mixup=0 and cutmix=0"
+        if name == "barlow" and (augment is False or not used):
+            return f"{key}: two views of an image would be equal: {place} must augment"
+    if name == "barlow" and data.get("sample_transform") is not None:
+        return f"{key}: data.sample_transform would be drawn once for both views: use data.augment"
     return None
 
 

@@ -103,6 +103,8 @@ class TransferDataModule(L.LightningDataModule):
         self.weights: np.ndarray | None = None  # of the training images, in their order
         self.val_splits = ["val"]  # what a validation goes through
         self.tested = "test"  # the split that a test goes through
+        self.two_views = False  # likewise
+        self.sees_labels = True  # likewise: or else no split is drawn by them
         self.stage_seed = seed
         self.features: dict[str, StoredFeatures] = {}
         self.steps_per_batch = 1  # of stored features in training: see `training.steps`
@@ -127,7 +129,8 @@ class TransferDataModule(L.LightningDataModule):
             self.classes = self.recorded.classes
             splits, self.changes = self.recorded.find(loaded)
         else:
-            self.classes, splits = loaded.classes, self.draw_splits(loaded)
+            self.classes = loaded.classes
+            splits = self.draw_splits(loaded, stratified=self.sees_labels)
         if self.sampling in ("balanced", "hard") and splits["train"].targets is not None:
             raise ValueError(f"data.sampling={self.sampling} needs classes, and this data has none")
         images = self.epoch_images or len(splits["train"])
@@ -298,7 +301,15 @@ class TransferDataModule(L.LightningDataModule):
         return epoch_and_first_batch(self.trainer)[0]
 
     def transform(self, batch: Batch, *, augment: bool, epoch: int = 0) -> Batch:
-        """The batch with its rows prepared; if `augment`, as the stage trains on them."""
-        if augment:
-            return self.inputs.augment(batch, self.num_classes, seed=self.stage_seed, epoch=epoch)
-        return self.inputs.evaluated(batch)
+        """The batch with its rows prepared; if `augment`, as the stage trains on them, with the
+        seed and epoch of a task's own draws. Of two views both are augmented, and the same ones
+        in every validation.
+        """
+        seed = self.stage_seed if augment else 0
+        draw = partial(self.inputs.augment, batch, self.num_classes, epoch=epoch if augment else 0)
+        more = {"draw": torch.tensor([seed, epoch])} if augment else {}
+        if self.two_views:
+            more["second"] = draw(seed=seed + 2_147_483_647)["input"]
+        elif not augment:
+            return self.inputs.evaluated(batch)
+        return {**draw(seed=seed), **more}

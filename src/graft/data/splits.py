@@ -26,19 +26,25 @@ def draw_splits(
     seed: int,
     train_fraction: float,
     shots_per_class: int | None,
+    stratified: bool = True,
 ) -> dict[str, ImageDataset]:
     """Each split by name; those the source lacks are held out of its training images.
 
     The arguments are those of `TransferDataModule`; `seed` is its `split_seed`.
+
+    Args:
+        stratified: or else labels decide nothing.
     """
     if train_fraction != 1.0 and shots_per_class is not None:
         raise ValueError("data.train_fraction and data.shots_per_class exclude each other")
-    labels = loaded.train.labels
+    labels, classes = loaded.train.labels, loaded.classes
+    if not stratified:
+        labels, classes = np.zeros_like(labels), ["unlabelled"]
     keep = np.arange(len(labels))
     held_out: dict[str, ImageDataset] = {}
     given = {"val": loaded.val, "test": loaded.test}
     drawn_splits = [name for name, split in given.items() if split is None]
-    if short := _below(len(drawn_splits) + 1, labels, loaded.classes):
+    if short := _below(len(drawn_splits) + 1, labels, classes):
         raise ValueError(
             f"{short}: too few for train and {' and '.join(drawn_splits)}, which are drawn from "
             "the training images: add images, leave the class out, or bring splits of your own"

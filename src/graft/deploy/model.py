@@ -24,6 +24,7 @@ from graft.plan.stage import Stage
 from graft.runs.open import checkpoint_path, read_checkpoint, read_run
 from graft.storage.run_json import read_record
 from graft.tasks.base import Task
+from graft.tasks.pretraining import require_outputs
 from graft.training.build import build_backbone, build_module
 from graft.training.module import TransferModule
 from graft.transforms.prepare import Prepare
@@ -142,6 +143,7 @@ def load(
     backbone = module.backbone
     if not isinstance(backbone.preprocessing, Preprocessing):
         raise ValueError(f"{run} was trained on texts: only graft predict {run} --text knows them")
+    require_outputs(module.task, Path(run))
     backbone.mirror |= mirror
     data = config["data"]
     own = backbone.preprocessing.at(data.get("image_size"), data.get("resize_size"))

@@ -118,6 +118,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     from graft.evaluation.evaluator import Evaluator
     from graft.reporting import report
     from graft.runs.startup import quiet_libraries
+    from graft.tasks.pretraining import require_outputs
     from graft.tasks.scores import scores
     from graft.training.adabn import require_batch_norms
     from graft.training.trainer import describe_device
@@ -134,6 +135,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
         read_alike(config["data"]["source"], own_source, checkpoint["graft"].get("value_range"))
     record = SplitRecord.read(run)
     evaluator = Evaluator.build(config, checkpoint, path, None if settings.data else record)
+    require_outputs(evaluator.module.task, run)
     evaluator.module.backbone.mirror |= settings.mirror
     if settings.adapt:
         require_batch_norms(evaluator.module.backbone, f"--adapt {settings.adapt}")

@@ -154,7 +154,7 @@ def train(
     train_split = datamodule.splits["train"]
     learnt = train_split.labels if train_split.targets is None else train_split.targets
     module.task.prepare(learnt, datamodule.classes)
-    datamodule.streams = module.task.streams
+    datamodule.streams, datamodule.two_views = module.task.streams, module.task.two_views
     if module.task.classifies and "val_target" in datamodule.splits:
         datamodule.val_splits += ["val_target"]
     if config["data"].get("oracle"):
@@ -265,7 +265,7 @@ def train(
 
     tested: dict[str, float] = {}
     pictured: list[Collect] = []
-    if options["limit_test_batches"] != 0:
+    if options["limit_test_batches"] != 0 and not module.task.pretrains:  # the encoder counts
         if "test_target" in datamodule.splits:
             tested |= test("test_target")
         if (oracle := results[-1].oracle) is not None:

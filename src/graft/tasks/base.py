@@ -73,6 +73,9 @@ class Task(nn.Module, ABC):
         streams: splits of the data that a training batch holds. Of "train" alone, `loss` is called
             with its batch; of several, with a batch for each: batch["train"], batch["target"].
         classifies: whether outputs are logits of classes, so that a test shows its mistakes.
+        two_views: whether a batch has a second augmentation of its images, batch["second"].
+        pretrains: whether the task is self-supervised: it sees no label, its encoder is kept with
+            BatchNorm statistics of clean images, and there is no test.
         output_kind: of what `predicted` gives: probabilities of "classes" that exclude each other,
             of "labels" that do not, or "numbers".
 
@@ -88,6 +91,8 @@ class Task(nn.Module, ABC):
 
     streams: tuple[str, ...] = ("train",)
     classifies = False
+    two_views = False
+    pretrains = False
     output_kind: OutputKind = "numbers"
 
     def __init__(

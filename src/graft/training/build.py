@@ -66,6 +66,7 @@ def build(
         recorded=recorded,
     )
     datamodule.processes = processes(config["trainer"])
+    datamodule.sees_labels = not getattr(find(config["task"]["_target_"]), "pretrains", False)
     datamodule.prepare_data()
     datamodule.setup()
     if classes is not None:

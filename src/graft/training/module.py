@@ -267,7 +267,7 @@ class TransferModule(L.LightningModule):
         """Means and variances of the BatchNorms that learn: between validations each rank's own."""
         if self.stage is None:
             return []
-        moving: list[nn.Module] = [self.head]
+        moving: list[nn.Module] = [self.head, self.task]
         if self.stage.norm in MOVING:
             moving += [self.backbone.blocks.get_submodule(name) for name in self.learning]
         norms = [norm for module in moving for norm in batch_norms(module)]

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import lightning as L
+import numpy as np
 import torch
 
 from graft.features.store import FeatureStore
 from graft.models.heads import Standardize
+from graft.plan.freeze import MOVING
 from graft.plan.results import BEST, LAST, Resumed, StageResult
 from graft.plan.stage import Stage
 from graft.reporting.loggers import advance
@@ -21,6 +23,7 @@ from graft.training.best import Best
 from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
 from graft.training.ema import EMA
 from graft.training.last_checkpoint import LastCheckpoint, explain_restoring, restoring
+from graft.training.probe import watching
 from graft.training.solvers import Solve
 from graft.training.trainer import steps_per_batch
 from graft.transforms.draws import sample_seed
@@ -33,7 +36,8 @@ NewStore = Callable[..., FeatureStore]
 SMALL_STEP = 1e9
 """FLOP below which a step on stored features runs on one thread: to split it gains little, and on
 a busy machine each of its barriers waits for a core (measured: 10 times slower)."""
-
+CLEAN_PIXELS = 2**24
+"""Of the images that BatchNorm statistics are estimated on: 16,384 at 32 px, 334 at 224 px."""
 
 MakeTrainer = Callable[[Stage, list[L.Callback]], L.Trainer]
 
@@ -100,7 +104,8 @@ def _fit(
 ) -> StageResult:
     best = Best(last.folder / BEST, module.task.monitor, module.task.mode)
     average = [EMA(stage.ema)] if stage.ema else []
-    trainer = make_trainer(stage, [last, best, start, *average])
+    watch = watching(module.task, datamodule)
+    trainer = make_trainer(stage, [last, best, start, *average, *watch])
     if checkpoint is not None:
         explain_restoring(trainer, checkpoint)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -133,29 +138,40 @@ def _keep_best(
     module.finish_stage()
     if final:
         load_checkpoint(module, path)
-    elif stage.grid is not None or stage.lora is not None or stage.adabn:
+    elif stage.grid is not None or stage.lora is not None or stage.adabn or module.task.pretrains:
         if stage.adabn:
-            _adapt_norms(module, datamodule, trainer)
+            _estimate_norms(module, datamodule, "val_target", trainer.strategy.root_device)
         trainer.strategy.barrier()  # every rank has read the weights it was trained with
         if trainer.is_global_zero:
+            if module.task.pretrains and stage.norm in MOVING:  # rule 22: noise was for training
+                device, most = (
+                    trainer.strategy.root_device,
+                    max(1, CLEAN_PIXELS // datamodule.inputs.size**2),
+                )
+                _estimate_norms(module, datamodule, "train", device, most)
             replace_weights(path, module, **({"head": result.head} if result.head else {}))
         trainer.strategy.barrier()
+        if module.task.pretrains:
+            load_checkpoint(module, path)
 
 
-def _adapt_norms(
-    module: TransferModule, datamodule: TransferDataModule, trainer: L.Trainer
+def _estimate_norms(
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    split: str,
+    device: torch.device,
+    most: int | None = None,
 ) -> None:
-    device = trainer.strategy.root_device
-    module.to(device)
-    size, count = datamodule.eval_batch_size, len(datamodule.splits["val_target"])
-    estimate_statistics(
-        module.backbone,
-        [
-            datamodule.prepared("val_target", range(start, min(start + size, count)), device)
-            for start in range(0, count, size)
-        ],
-        module.head,
-    )
+    """BatchNorm statistics of a split's images as they are, exact for all of them, or for `most`
+    evenly chosen ones. What goes from block to block is held in memory.
+    """
+    total, size = len(datamodule.splits[split]), datamodule.eval_batch_size
+    rows = np.linspace(0, total - 1, min(total, most or total)).astype(np.int64)
+    batches = [
+        datamodule.prepared(split, rows[start : start + size], device)
+        for start in range(0, len(rows), size)
+    ]
+    estimate_statistics(module.to(device).backbone, batches, module.head)
 
 
 def _solve(
@@ -174,7 +190,7 @@ def _solve(
         raise KeyboardInterrupt
     folder = trainer.strategy.broadcast(folder)  # the run's folder is known to the first rank
     if stage.adabn:
-        _adapt_norms(module, datamodule, trainer)
+        _estimate_norms(module, datamodule, "val_target", trainer.strategy.root_device)
     for name in (LAST, BEST):
         trainer.save_checkpoint(folder / name)
     advance(trainer.loggers, 1)
