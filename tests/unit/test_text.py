@@ -367,6 +367,10 @@ def test_what_does_not_fit_an_encoder_is_refused(corpus: Path, tmp_path: Path) -
         small(corpus, tokenizer=None)
     with pytest.raises(ValueError, match="name an encoder's folder or a model on the hub"):
         huggingface_backbone()
+    with pytest.raises(ValueError, match="_attn_implementation: bert has no such"):
+        small(corpus, architecture={"_attn_implementation": "a/kernel"})
+    with pytest.raises(FileNotFoundError, match=r"backbone.model=./none: no such folder"):
+        huggingface_backbone(model="./none")
 
 
 def test_images_and_texts_are_not_mixed(reviews: Path) -> None:
@@ -376,7 +380,13 @@ def test_images_and_texts_are_not_mixed(reviews: Path) -> None:
 
 def test_from_pretraining_to_answers(graft: Graft, reviews: Path, corpus: Path) -> None:
     """A run keeps what it needs: neither corpus nor pretrained encoder are there in the end."""
-    common = ["trainer=cpu", "logger=csv", "trainer.max_epochs=1", "data.batch_size=8"]
+    common = [
+        "trainer=cpu",
+        "logger=csv",
+        "trainer.max_epochs=1",
+        "data.batch_size=8",
+        "data.epoch_images=null",
+    ]
     done = graft(
         "train",
         "experiment=pretrain_bert",

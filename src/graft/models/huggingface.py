@@ -72,9 +72,12 @@ def huggingface_backbone(
     own: TextPreprocessing | None = file.preprocessing if file else None
     source = Path(str(model)).expanduser()
     name = str(source) if source.is_dir() else str(model)
-    loads = pretrained and weights == "DEFAULT" and model is not None and recorded is None
+    named = model is not None and recorded is None
+    if named and name[0] in "./~" and not source.is_dir():
+        raise FileNotFoundError(f"backbone.model={model}: no such folder")
+    loads = named and pretrained and weights == "DEFAULT"
     about: Any = {}
-    with hub(f"transformers' {name}", load=loads and not source.is_dir()):
+    with hub(f"transformers' {name}", load=named and not source.is_dir()):
         if recorded is not None:
             own = TextPreprocessing(**recorded)
             config = _config(json.loads(own.architecture))
@@ -149,9 +152,9 @@ def _config(values: Mapping[str, Any]) -> PretrainedConfig:
     except Exception as error:  # its checks of values raise several kinds
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"backbone.architecture: {reason}") from error
-    for key in options:
-        if not hasattr(known, key):
-            hint = did_you_mean(key, list(vars(known)))
+    for key in options:  # not those that begin with an underscore, some of which load code
+        if key.startswith("_") or key not in known.to_dict():
+            hint = did_you_mean(key, list(known.to_dict()))
             raise ValueError(f"backbone.architecture.{key}: {known.model_type} has no such{hint}")
     return config
 
@@ -203,7 +206,8 @@ def _preprocessing(tokenizer: Any, config: Any, name: str) -> TextPreprocessing:
             f"{largest:,}, and the encoder {config.vocab_size:,} embeddings"
         )
     values = {**config.to_diff_dict(), "model_type": config.model_type}
-    values = {key: value for key, value in values.items() if hasattr(type(config)(), key)}
+    known = type(config)().to_dict()
+    values = {k: v for k, v in values.items() if k in known and not k.startswith("_")}
     return TextPreprocessing(
         tokenizer=backend.to_str(),
         length=min(int(config.max_position_embeddings), int(tokenizer.model_max_length)),

@@ -75,15 +75,13 @@ class TextCorpus(StoredTexts):
         rng = np.random.default_rng(self.seed)
         order = rng.permutation(len(documents))
         parts = {"val": order[:held], "test": order[held : 2 * held], "train": order[2 * held :]}
-        cut = 0
         for split, numbers in parts.items():
-            # Both texts and three special tokens; no sentence is longer than a text may be.
-            room = preprocessing.length - 3
-            encoded: list[Document] = []
-            for number in sorted(numbers):
-                sentences = preprocessing.pieces(documents[number])
-                cut += sum(len(ids) > room // 2 for ids in sentences)
-                encoded.append([ids[: room // 2] for ids in sentences if ids])
+            room = preprocessing.length - 3  # for both texts: there are three special tokens
+            half = room // 2  # a longer sentence becomes several
+            encoded: list[Document] = [
+                [ids[at : at + half] for ids in sentences for at in range(0, len(ids), half)]
+                for sentences in (preprocessing.pieces(documents[i]) for i in sorted(numbers))
+            ]
             pairs = [
                 pair
                 for _ in range(self.copies if split == "train" else 1)
@@ -99,7 +97,7 @@ class TextCorpus(StoredTexts):
             digests = [content_digest(np.array(row, np.int32).data) for row in rows]
             save_rows(folder, split, rows, p.length, p)
             save_items(folder, split, [label for _, _, label in pairs], digests)
-        seal(folder, CLASSES, cut=cut)
+        seal(folder, CLASSES)
 
 
 def _documents(text: str) -> Iterator[list[str]]:
