@@ -67,7 +67,7 @@ def full_runs(entrants: Entrants, folder: Path) -> dict[Arm, dict[str, float]]:
     for candidate in entrants.candidates:
         build(compose_job(entrants.overrides(candidate, FEATURES)).config)
     for candidate in entrants.candidates:
-        for plan in entrants.plans:
+        for plan in (plan for plan in entrants.plans if plan != FEATURES):
             path = folder / f"{candidate}-{plan}"
             if not path.exists():
                 job = compose_job(["logger=csv", *entrants.overrides(candidate, plan)])

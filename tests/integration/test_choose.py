@@ -19,7 +19,6 @@ from tests.conftest import Graft
 FILE = """\
 candidates:
   narrow: [backbone.depth=8, backbone.width=4, backbone.weights=null]
-  wider: [backbone.depth=8, backbone.width=8, backbone.weights=null]
   absent: [backbone=resnet18]
 plans:
   linear_probe: [transfer=linear_probe, head=linear_grid, optimizer=adamw]
@@ -51,8 +50,8 @@ def test_a_race_gives_a_command_that_works_and_is_not_run_twice(
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "logs").glob("choose_synthetic_*")
     made = records(folder)
-    assert len(made) == 2 + 3  # the features of two, the plans of the better one
-    assert [record["status"] for record in made] == ["done"] * 4 + ["failed"]
+    statuses = [record["status"] for record in made]
+    assert statuses == ["done", "done", "done", "failed"]  # features, then the three plans
     for record in made:
         assert not [name for name in record["metrics"] if name.startswith("test/")]
     assert "absent: weights are not at hand (--download fetches them)" in done.stdout
@@ -71,7 +70,7 @@ def test_a_race_gives_a_command_that_works_and_is_not_run_twice(
     assert "test/acc" in trained.stdout
 
     again = graft("choose", "synthetic", *RACE, *DATA)
-    assert records(folder)[:4] == made[:4]  # what failed is tried again
+    assert records(folder)[:3] == made[:3]  # what failed is tried again
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
     compared = graft("compare", str(folder))

@@ -57,14 +57,22 @@ def test_a_round_is_as_long_as_the_time_allows_and_the_last_are_left_out() -> No
     assert next_round([A], 99, seconds, above=1.0)[1] == []
 
 
-def test_the_better_half_stays_best_first() -> None:
-    results = {A: RESULT, B: replace(RESULT, score=0.95), C: replace(RESULT, score=0.1)}
-    assert halved([A, B, C], results) == [B, A]
-    assert halved([A, C, Arm("d", "failed")], results) == [A]
-    # The first stage also keeps who is within the noise; nearest neighbours tell equal ones apart.
+def test_the_better_half_of_each_plan_stays_and_the_best_of_each_comes_first() -> None:
+    scores = {"a": 0.5, "b": 0.7, "c": 0.6}
+    tuned = {Arm(name, "finetune"): replace(RESULT, score=s) for name, s in scores.items()}
+    probed = {Arm(name, "lp_ft"): replace(RESULT, score=s + 0.3) for name, s in scores.items()}
+    kept = halved([*tuned, *probed, Arm("d", "lp_ft")], {**tuned, **probed})
+    assert [(arm.candidate, arm.plan) for arm in kept] == [
+        ("b", "finetune"), ("b", "lp_ft"), ("c", "finetune"), ("c", "lp_ft"),
+    ]  # fmt: skip
+
+
+def test_the_first_stage_keeps_the_better_half_and_who_is_within_the_noise() -> None:
+    results = {A: RESULT, B: replace(RESULT, score=0.95)}
     results[C] = replace(RESULT, score=0.89)
     assert better_half(results, images=100) == [B, A, C]
     assert better_half(results, images=10_000) == [B, A]
+    # Nearest neighbours tell equal ones apart.
     assert better_half({A: RESULT, B: replace(RESULT, knn=0.5)}, images=9)[0] == B
 
 

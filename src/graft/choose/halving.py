@@ -190,9 +190,19 @@ def better_half(results: Mapping[Arm, Result], images: int) -> list[Arm]:
 
 
 def halved(arms: Sequence[Arm], results: Mapping[Arm, Result]) -> list[Arm]:
-    """The better half of those that have a result, best first."""
-    there = sorted((a for a in arms if a in results), key=lambda a: -results[a].score)
-    return there[: math.ceil(len(there) / 2)]
+    """Of each plan the better half of those that have a result; the best of each plan first.
+
+    Plans do not compete before the end: after a short training one that starts from a probe is
+    ahead of one that starts from a random head, whatever comes of them.
+    """
+    ranked: list[tuple[int, Arm]] = []
+    for plan in dict.fromkeys(arm.plan for arm in arms):
+        alike = sorted(
+            (arm for arm in arms if arm.plan == plan and arm in results),
+            key=lambda arm: -results[arm].score,
+        )
+        ranked += enumerate(alike[: math.ceil(len(alike) / 2)])
+    return [arm for _, arm in sorted(ranked, key=lambda place: place[0])]
 
 
 def winner(results: Mapping[Arm, Result], images: int) -> Arm:

@@ -131,10 +131,12 @@ def _rounds(runs: Runs) -> list[Arm]:
     """Short trainings of the better half of the candidates; returns the arms to choose from."""
     images = next(iter(runs.costs.values())).val
     names = [arm.candidate for arm in better_half(runs.results, images)]
-    arms = [Arm(name, plan) for name in names for plan in runs.entrants.plans]
-    heads = [arm for arm in arms if not learns(runs.full(arm))]  # of these, all is trained at once
-    tuned = [arm for arm in arms if arm not in heads]
-    rounds, state, share = max(1, math.ceil(math.log2(len(tuned) or 1))), runs.state, 0.0
+    plans = [plan for plan in runs.entrants.plans if plan != FEATURES]
+    # All of a head is trained at once, and of the best features only: ridge has ranked them.
+    heads = [a for a in (Arm(names[0], plan) for plan in plans) if not learns(runs.full(a))]
+    tuned = [Arm(name, plan) for name in names for plan in plans]
+    tuned = [arm for arm in tuned if learns(runs.full(arm))]
+    rounds, state, share = max(1, math.ceil(math.log2(len(names)))), runs.state, 0.0
     for number in range(rounds):
         if number == len(state["rounds"]):
             time = runs.left / (rounds - number)
@@ -151,9 +153,10 @@ def _rounds(runs: Runs) -> list[Arm]:
         for arm in racing:
             runs.run(arm, 1.0 if arm in heads else share)
         tuned = [arm for arm in racing if arm in runs.results and arm not in heads]
-        if share == 1 or len(tuned) < 2:
+        if share == 1 or not tuned:
             break
-        tuned = halved(tuned, runs.results)
+        if number < rounds - 1:
+            tuned = halved(tuned, runs.results)
     tuned = [arm for arm in tuned if arm in runs.results]
     done = [arm for arm in heads if arm in runs.results]
     return [*done, *tuned] or [Arm(names[0], FEATURES)]
