@@ -9,16 +9,21 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from graft.data.items import FILE, SplitRecord
 from graft.runs.open import read_config, require_closed
 from graft.runs.trust import require_trusted
+from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
 from tests.conftest import TINY, Graft, compose
 from tests.integration.conftest import Break
 
@@ -453,6 +458,23 @@ def test_checkpoints_are_not_unpickled(graft: Graft, run: Path, tmp_path: Path) 
     for command in ("eval", "resume"):
         assert "is torn, unreadable or no checkpoint" in refused(graft, run, command)
     assert not (tmp_path / "MARK").exists()
+
+
+def test_nothing_that_a_resumed_run_reads_is_unpickled(tmp_path: Path) -> None:
+    """What the checkpoints of its other stages and the record of its splits are read by."""
+    mark, best, module = tmp_path / "MARK", tmp_path / "best.ckpt", cast(Any, torch.nn.Module())
+    torch.save({"state_dict": {}, "graft": {}, "x": Touch(mark)}, best)
+    for read in (
+        is_final,
+        partial(load_checkpoint, module),
+        partial(replace_weights, module=module),
+    ):
+        with pytest.raises(UnpicklingError):
+            read(best)
+    np.savez(tmp_path / FILE, classes=[b"a"], **{"train-names": np.array([Touch(mark)], object)})
+    with pytest.raises(ValueError, match="is damaged"):
+        SplitRecord.read(tmp_path)
+    assert not mark.exists()
 
 
 def test_any_file_may_be_named_as_a_checkpoint(graft: Graft, run: Path) -> None:

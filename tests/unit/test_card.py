@@ -28,6 +28,7 @@ from graft.deploy.card_facts import Facts, general
 from graft.deploy.markdown import code, escaped
 from graft.deploy.markdown import table as table_of
 from graft.runs.open import CONFIG
+from tests.unit.test_stores import Touch
 from tests.unit.test_targets import table
 
 NAMES = ["---", "<b>x|y", "[a](b) `c` www.d.org", "two\nlines *e* _f_ \\g", "plain_name"]
@@ -230,6 +231,15 @@ def test_a_damaged_evaluation_is_named(run: Path, tmp_path: Path, change: dict[s
         write_card(copy, tmp_path / "card")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "card").exists()
+
+
+def test_kept_predictions_are_not_unpickled(run: Path, tmp_path: Path) -> None:
+    write_card(run, tmp_path / "first", examples=False)
+    copy, mark = shutil.copytree(run, tmp_path / "run"), tmp_path / "MARK"
+    np.savez(copy / "eval/test.npz", index=np.array([Touch(mark)], object))
+    with pytest.raises(ValueError, match=r"test\.npz is damaged"):
+        write_card(copy, tmp_path / "card")
+    assert not mark.exists()
 
 
 def test_an_evaluation_of_earlier_weights_is_made_anew(run: Path, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from graft.data.datasets import ImageDataset
 from graft.data.sources.folder import ImageFolder
 from graft.features.prefix import Extractor, FrozenPrefix
 from graft.features.store import FeatureStore
+from graft.models.backbone import Backbone
 from graft.models.torchvision import torchvision_backbone
 from graft.storage import shards
 from graft.storage.digests import module_digest
@@ -29,6 +32,8 @@ from graft.storage.shards import ShardedRows
 from graft.storage.stored import StoredFeatures
 from graft.training.build import build, build_stages
 from graft.training.module import TransferModule
+from graft.transforms.draws import uniform
+from graft.transforms.prepare import Prepare
 from graft.transforms.preprocessing import Preprocessing
 from tests.conftest import TINY, Graft, Train, compose
 
@@ -277,9 +282,12 @@ def test_another_library_version_or_other_code_is_another_entry(
     monkeypatch.setattr(torch, "__version__", "0.0")
     store(tmp_path).features(["val"])
     assert len(entries(tmp_path)) == 2
-    monkeypatch.setattr("inspect.getsource", lambda kind: f"edited {kind}")
-    store(tmp_path).features(["val"])
-    assert len(entries(tmp_path)) == 3
+    source, count = inspect.getsource, 2
+    for edited in (Backbone, sys.modules[Prepare.__module__], sys.modules[uniform.__module__]):
+        monkeypatch.setattr(inspect, "getsource", lambda w, e=edited: "" if w is e else source(w))
+        store(tmp_path).features(["val"])
+        count += 1
+        assert len(entries(tmp_path)) == count, edited
 
 
 def test_views_are_stored_side_by_side_and_drawn_anew_each_epoch(tmp_path: Path) -> None:
