@@ -121,7 +121,9 @@ def logme_of(entrants: Entrants, candidate: str) -> float:
     return logme(extractor.rows(np.arange(len(train))), train.labels)
 
 
-def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list[str]) -> list[str]:
+def rows_of(
+    task: str, work: Path, own: Sequence[str], shares: Sequence[float], lines: list[str]
+) -> list[str]:
     """Rows of the table for a task; lines about its runs are added to `lines`."""
     data, overrides = TASKS[task]
     if data == "cifar10":
@@ -140,13 +142,19 @@ def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list
     total = sum(run["seconds"] for run in full.values())
     best = max(full, key=lambda arm: full[arm]["test/acc"])
 
-    if not [*(work / task).glob("choose_*")]:
-        for stored in (work / task / "cache").glob("features-*"):
-            shutil.rmtree(stored)
-    race = run_race(entrants, share * total, print)
-    arm, runs = chosen(race), race.runs
-    if arm.plan == FEATURES:
-        arm = Arm(arm.candidate, "linear_probe")
+    races, spent, found = {}, {}, []
+    for share in shares:  # of the budget
+        logs = work / task / f"race-{share:g}"
+        if not logs.exists():
+            for stored in (work / task / "cache").glob("features-*"):
+                shutil.rmtree(stored)
+        racing = read_entrants(data, [*overrides, *own, places[0], f"paths.logs={logs}"], file=file)
+        try:
+            races[share] = run_race(racing, share * total, print)
+        except ValueError as error:
+            found.append(f"| {task} | graft choose, {100 * share:g} %: {error} | | | | |")
+        else:
+            spent[share] = races[share].runs.spent
 
     def regret(arm: Arm) -> str:
         return f"{100 * (full[best]['test/acc'] - full[arm]['test/acc']):.2f}"
@@ -155,6 +163,14 @@ def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list
         arms = [arm for arm in full if arm.candidate == candidate]
         return max(arms, key=lambda arm: full[arm]["test/acc"])
 
+    for pair, run in full.items():
+        lines.append(
+            f"| {task} | {pair.candidate} | {pair.plan} | {100 * run['test/acc']:.2f} | "
+            f"{100 * run['val/acc']:.2f} | {run['seconds']:.1f} |"
+        )
+    if not races:
+        return found
+    runs = next(iter(races.values())).runs
     first = {a.candidate: r for a, r in runs.results.items() if a.plan == FEATURES}
     scores = {
         "the biggest model": {name: runs.costs[name].macs for name in first},
@@ -162,15 +178,13 @@ def rows_of(task: str, work: Path, own: Sequence[str], share: float, lines: list
         "kNN": {name: r.knn or 0.0 for name, r in first.items()},
         "ridge": {name: r.score for name, r in first.items()},
     }
-    for pair, run in full.items():
-        lines.append(
-            f"| {task} | {pair.candidate} | {pair.plan} | {100 * run['test/acc']:.2f} | "
-            f"{100 * run['val/acc']:.2f} | {run['seconds']:.1f} |"
-        )
-    found = [
-        f"| {task} | graft choose: {arm} | {100 * full[arm]['test/acc']:.2f} | {regret(arm)} | "
-        f"{regret(arm)} | {100 * runs.spent / total:.1f} |"
-    ]
+    for share, race in races.items():
+        arm = chosen(race)
+        if arm.plan == FEATURES:  # the budget was spent before anything was trained
+            arm = Arm(arm.candidate, "linear_probe")
+        accuracy = f"{100 * full[arm]['test/acc']:.2f} | {regret(arm)} | {regret(arm)}"
+        time = f"{100 * spent[share] / total:.1f}"
+        found.append(f"| {task} | graft choose, {100 * share:g} %: {arm} | {accuracy} | {time} |")
     for name, by_candidate in scores.items():
         candidate = max(by_candidate, key=lambda name: by_candidate[name])
         tuned, after = Arm(candidate, "finetune"), hindsight(candidate)
@@ -190,7 +204,9 @@ def main() -> None:
     )
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)}, or OVERRIDE")
     parser.add_argument("--work", type=Path, default=Path("bench-choose"))
-    parser.add_argument("--share", type=float, default=0.15, help="budget: of the time of all")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.15], help="budgets: of the time of all"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_intermixed_args()
     own = [word for word in options.tasks if "=" in word]
@@ -199,7 +215,7 @@ def main() -> None:
     lines: list[str] = []
     rows: list[str] = []
     for task in [word for word in options.tasks if "=" not in word] or TASKS:
-        rows += rows_of(task, options.work, own, options.share, lines)
+        rows += rows_of(task, options.work, own, options.shares, lines)
         machine = hardware()
         text = "\n".join(
             [

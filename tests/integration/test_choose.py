@@ -110,5 +110,5 @@ def test_what_the_data_or_the_budget_does_not_allow(graft: Graft, image_folders:
     failed = graft("choose", "synthetic", *RACE, *DATA, "--candidates", "absent")
     assert "no candidate can be built: absent: weights are not at hand" in failed.stderr
     failed = graft("choose", "synthetic", *RACE, *DATA, "--budget", "0.5s")
-    assert "shorter than the features of the fastest candidate" in failed.stderr
+    assert "left for features, and those of the fastest candidate" in failed.stderr
     assert failed.stderr.count("\n") == 1

@@ -95,7 +95,7 @@ def test_features_of_a_part_of_the_images_and_of_those_who_are_quick_enough() ->
     part, left_out = first_part({"a": COST, "b": COST}, 60, overhead=1)
     assert left_out == {}
     assert 2 * (1 + 0.01 * (1000 * part + 100)) == pytest.approx(60 / 3)
-    with pytest.raises(ValueError, match=r"--budget: 3 s are shorter .* a, would take \(4 s\)"):
+    with pytest.raises(ValueError, match=r"--budget: 3 s of it are left .* a, take 4 s: add 9 s"):
         first_part({"a": COST}, 3, overhead=1)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 BACKWARD = 3.0  # a step in forward passes: the gradient costs about two
 SHARES = (1.0, 1 / 2, 1 / 4, 1 / 8)  # of a full training: what is shorter tells little
 FEWEST = 200  # training images whose features are looked at, where there are so many
-FIRST = 1 / 3  # of the budget that the features of all candidates may take
+FIRST = 1 / 3  # of the time that the features of all candidates may take
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,14 @@ def shortened(share: float, config: Mapping[str, Any], cost: Cost) -> list[str]:
 
 
 def first_part(
-    costs: Mapping[str, Cost], budget: float, overhead: float
+    costs: Mapping[str, Cost], left: float, overhead: float
 ) -> tuple[float, dict[str, str]]:
     """The part of the training images whose features all candidates are compared by, and who is
     left out for which reason.
+
+    Args:
+        left: seconds of the budget.
+        overhead: seconds of a run beside its stages.
 
     Raises:
         ValueError: the features of the fastest candidate alone take longer than the budget.
@@ -141,19 +145,20 @@ def first_part(
     least = min(1.0, FEWEST / train)
     racing = sorted(costs, key=lambda name: seconds(name, least))
     fastest = seconds(racing[0], least)
-    if fastest > budget:
+    if fastest > left:
         raise ValueError(
-            f"--budget: {budget:.0f} s are shorter than the features of the fastest candidate, "
-            f"{racing[0]}, would take ({fastest:.0f} s): give {math.ceil(3 * fastest)}s or more"
+            f"--budget: {max(0, left):.0f} s of it are left for features, and those of the fastest "
+            f"candidate, {racing[0]}, take {fastest:.0f} s: add {math.ceil(3 * fastest - left)} s "
+            "or more"
         )
     left_out = {}
-    while len(racing) > 1 and sum(seconds(name, least) for name in racing) > FIRST * budget:
+    while len(racing) > 1 and sum(seconds(name, least) for name in racing) > FIRST * left:
         slowest = racing.pop()
-        left_out[slowest] = f"its features take {seconds(slowest, least):.0f} s, too much of the "
-        left_out[slowest] += f"budget of {budget:.0f} s"
+        took = f"{seconds(slowest, least):.0f} s of the {left:.0f} that are left"
+        left_out[slowest] = f"its features would take {took}"
     fixed = sum(seconds(name, 0.0) for name in racing)
     of_all = sum(seconds(name, 1.0) for name in racing) - fixed
-    part = (FIRST * budget - fixed) / of_all if of_all else 1.0
+    part = (FIRST * left - fixed) / of_all if of_all else 1.0
     return min(1.0, max(least, part)), left_out
 
 

@@ -56,7 +56,7 @@ def run_race(
         runs = Runs(folder, entrants, budget, tell)
         left_out = _measure(runs, download=download)
         if runs.state["part"] is None:
-            part, slow = first_part(runs.costs, budget, runs.overhead)
+            part, slow = first_part(runs.costs, runs.left, runs.overhead)
             names = [name for name in runs.costs if name not in slow]
             _require_disk(runs, part, names, Path(paths["cache"]))
             runs.save(part=part, slow=slow)
