@@ -26,7 +26,7 @@ REQUIRED = {
     "torchvision": ["backbone.model=resnet18"],
     "timm": ["backbone.model=resnet18"],
     "domain_shift": ["data.root=somewhere", "data.target=elsewhere"],
-    **dict.fromkeys(("adabn", "coral", "dann"), ["data.target=elsewhere"]),
+    **{name: ["data.target=elsewhere"] for name in ("adabn", "coral", "dann")},
 }
 
 
