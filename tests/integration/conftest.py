@@ -48,6 +48,10 @@ RUNS: dict[str, list[str]] = {
     "own checkpoints": [
         *MLP, f"+callbacks.mine={{_target_: {__name__}.OwnCheckpoint, every_n_train_steps: 2}}",
     ],
+    "two domains": [
+        *MLP, "task=dann", "transfer=adabn", "data.target={shift: contrast, severity: 3}",
+        "data.oracle=true", "data.sampling=importance",
+    ],
     "early stopping": [*MLP, "callbacks=early_stopping", "callbacks.early_stopping.patience=1"],
 }  # fmt: skip
 
