@@ -25,7 +25,7 @@ REQUIRED = {
     "image_table": ["data.root=somewhere"],
     "unlabelled_folder": ["data.root=somewhere", "task=masked", "task.probe=0", "head=features"],
     "features": ["task=masked"],
-    **dict.fromkeys(("denoising", "masked", "barlow"), ["head=features"]),
+    **{task: ["head=features"] for task in ("denoising", "masked", "barlow")},
     "torchvision": ["backbone.model=resnet18"],
     "timm": ["backbone.model=resnet18"],
 }
