@@ -25,6 +25,14 @@ OPTIONAL = {
         "src/graft/data/sources/table.py", "configs/task/multilabel.yaml",
         "configs/task/regression.yaml", "configs/data/image_table.yaml",
     ),
+    "self-supervised": tuple(
+        f"{folder}{name}"
+        for task in ("denoising", "masked", "barlow")
+        for folder, name in (
+            ("src/graft/tasks/", f"{task}.py"), ("configs/task/", f"{task}.yaml"),
+            ("configs/experiment/pretrain_", f"{task}.yaml"),
+        )
+    ),
     "timm": ("src/graft/models/timm.py", "configs/backbone/timm.yaml"),
     "trackers": (
         "src/graft/reporting/trackers.py",
