@@ -41,6 +41,14 @@ OPTIONAL = {
         "configs/task/coral.yaml", "configs/task/dann.yaml", "configs/transfer/adabn.yaml",
         "configs/experiment/domain_shift.yaml",
     ),
+    "self-supervised": tuple(
+        f"{folder}{name}"
+        for task in ("denoising", "masked", "barlow")
+        for folder, name in (
+            ("src/graft/tasks/", f"{task}.py"), ("configs/task/", f"{task}.yaml"),
+            ("configs/experiment/pretrain_", f"{task}.yaml"),
+        )
+    ),
     "timm": ("src/graft/models/timm.py", "configs/backbone/timm.yaml"),
     "trackers": (
         "src/graft/reporting/trackers.py",
