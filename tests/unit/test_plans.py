@@ -294,6 +294,10 @@ def test_the_table_of_groups_tells_what_the_layers_do(train_tiny: Train) -> None
         ([f"{STAGE}.augment={{flip:2}}"], "augment.flip=2: must be a probability"),
         ([f"{STAGE}.lora={{rank:0}}"], "lora.rank=0: must be a whole number from 1"),
         ([f"{STAGE}.ema=1"], "ema=1: must be a number of at least 0 and below 1"),
+        (
+            ["task=regression", f"{STAGE}.label_smoothing=0.1"],
+            "label_smoothing: this task has none",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_said_before_anything_starts(
