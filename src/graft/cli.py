@@ -13,7 +13,7 @@ from graft import __version__
 from graft.config.names import visible
 
 COMMANDS = (
-    "train", "resume", "compare", "eval", "predict", "export", "serve", "board", "cache",
+    "train", "resume", "compare", "choose", "eval", "predict", "export", "serve", "board", "cache",
 )  # fmt: skip
 MODULES = {"eval": "evaluate"}  # of a command whose name is a function of Python's
 INTERRUPTED = b"graft: interrupted\n"
@@ -35,6 +35,8 @@ commands:
                            graft resume logs/sweeps/2026-11-24_12-00-00   jobs not yet done
   compare [RUNS_OR_FOLDERS]
                            what differs, mean and spread over seeds, time, memory (--help: more)
+  choose DATA [--budget 10m]
+                           which backbone and transfer plan for this data: a measured race
   eval RUN [--data OTHER]  test metrics of a run, with intervals (--help: other data, corruptions)
   predict MODEL PATHS...   classes and probabilities of images, as CSV, JSONL, Parquet or a table
   serve MODEL [--port N]   a page to try a model in a browser, and POST /predict for programs

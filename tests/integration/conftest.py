@@ -48,6 +48,15 @@ RUNS: dict[str, list[str]] = {
     "own checkpoints": [
         *MLP, f"+callbacks.mine={{_target_: {__name__}.OwnCheckpoint, every_n_train_steps: 2}}",
     ],
+    "masked": [
+        "task=masked", "head=features", "task.probe=1", "trainer.accumulate_grad_batches=2",
+        "trainer.checkpoint_every_n_steps=1",
+    ],
+    "barlow": ["task=barlow", "task.width=16", "head=features", "data.augment.color=0.4"],
+    "two domains": [
+        *MLP, "task=dann", "transfer=adabn", "data.target={shift: contrast, severity: 3}",
+        "data.oracle=true", "data.sampling=importance",
+    ],
     "early stopping": [*MLP, "callbacks=early_stopping", "callbacks.early_stopping.patience=1"],
 }  # fmt: skip
 

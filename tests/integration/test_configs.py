@@ -18,13 +18,21 @@ OPTIONS = sorted(
     for path in CONFIGS.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "hydra", "paths", "stage") and path.stem != "base"
 )
+ON_TEXTS = ("pretrain_bert", "text_finetune")  # unit/test_text.py runs them one after the other
 PLANS = sorted(path.stem for path in (CONFIGS / "transfer").glob("*.yaml"))
 REQUIRED = {
     "linear_grid": ["transfer=linear_probe"],
     "image_folder": ["data.root=somewhere"],
     "image_table": ["data.root=somewhere"],
+    "text_csv": ["data.root=somewhere"],
+    "text_corpus": ["data.root=somewhere"],
+    "unlabelled_folder": ["data.root=somewhere", "task=masked", "task.probe=0", "head=features"],
+    "features": ["task=masked"],
+    **{task: ["head=features"] for task in ("denoising", "masked", "barlow")},
     "torchvision": ["backbone.model=resnet18"],
     "timm": ["backbone.model=resnet18"],
+    "domain_shift": ["data.root=somewhere", "data.target=elsewhere"],
+    **{key: ["data.target=elsewhere"] for key in ("adabn", "coral", "dann")},
 }
 
 
@@ -47,7 +55,8 @@ def test_every_option_composes_and_says_what_it_is_for(group: str, option: str) 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_with_its_own_backbone(name: str) -> None:
-    config = compose(f"experiment={name}")
+    root = ["data.root=somewhere"] if name in ON_TEXTS else []
+    config = compose(f"experiment={name}", *REQUIRED.get(name, root))
     assert config["transfer"]["stages"]
     header = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
     assert f"graft train experiment={name}" in header
@@ -60,7 +69,7 @@ def test_every_experiment_composes_with_its_own_backbone(name: str) -> None:
         (None, "bf16-mixed"), ("finetune", "16-mixed"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ON_TEXTS])
 def test_every_experiment_runs_a_batch(
     graft: Graft,
     name: str,
@@ -70,11 +79,16 @@ def test_every_experiment_runs_a_batch(
     tmp_path: Path,
 ) -> None:
     """On small images in CIFAR-10's folder layout, with a small backbone from random weights."""
+    unlabelled = name.removeprefix("pretrain_") in ("denoising", "masked", "barlow")
+    if unlabelled and transfer == "linear_probe":
+        pytest.skip("it pretrains the whole backbone")
     overrides = [f"experiment={name}", "debug=fdr", "trainer=cpu", "data.batch_size=4"]
     overrides.append("hydra.mode=RUN")  # of a sweep, one job
     overrides.append(f"trainer.precision={precision}")
-    if "cifar10" in name or name == "compare_transfer":
+    if "cifar10" in name or name == "compare_transfer" or unlabelled:
         overrides += [f"data.root={image_folders}", "data.val_fraction=0.1"]
+    if name == "domain_shift":
+        overrides += [f"data.root={image_folders}", f"data.target={image_folders}"]
     if name.startswith(("cifar10", "compare")):
         overrides += ["backbone=squeezenet1_1", "backbone.weights=null", "data.image_size=32"]
     if transfer:
@@ -83,8 +97,10 @@ def test_every_experiment_runs_a_batch(
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("run.json"))
     assert record["status"] == "done"
-    assert set(record["metrics"]) == {"val/acc", "test/acc", "test/f1", "test/loss"}
-    for line in ("data  ", "backbone  ", "device  ", "stage ", "test/acc"):
+    measured = {"val/loss"} if unlabelled else {"val/acc", "test/acc", "test/f1", "test/loss"}
+    assert set(record["metrics"]) >= measured
+    assert all(key in measured or "target" in key or "oracle" in key for key in record["metrics"])
+    for line in ("data  ", "backbone  ", "device  ", "stage ", max(measured)):
         assert line in done.stdout
 
 
@@ -92,10 +108,13 @@ def test_every_experiment_runs_a_batch(
 def test_every_plan_runs_a_batch_in_each_of_its_stages(
     graft: Graft, transfer: str, tmp_path: Path
 ) -> None:
-    done = graft("train", *TINY, f"transfer={transfer}", "debug=fdr")
+    other = "data.target={shift: fog}"
+    done = graft(
+        "train", *TINY, f"transfer={transfer}", "debug=fdr", *[other] * (transfer == "adabn")
+    )
     assert done.returncode == 0, done.stderr
     (record,) = (json.loads(p.read_text()) for p in (tmp_path / "logs").rglob("run.json"))
-    stages = compose(f"transfer={transfer}")["transfer"]["stages"]
+    stages = compose(f"transfer={transfer}", *REQUIRED.get(transfer, []))["transfer"]["stages"]
     assert list(record["groups"]) == list(stages)
     assert record["stage"] == list(stages)[-1]
 

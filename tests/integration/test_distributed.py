@@ -72,6 +72,41 @@ def test_two_ranks_run_a_plan_like_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["denoising", "masked"])
+def test_two_ranks_pretrain_like_one_process(
+    graft: Graft, graft_process: Graft, tmp_path: Path, task: str
+) -> None:
+    """Without BatchNorms that learn; noise and masks follow the image, not the rank."""
+    own = [
+        f"task={task}", "head=features", "transfer.stages.finetune.norm=frozen", "optimizer=adamw",
+        "scheduler=constant", "trainer.max_epochs=2", "data.eval_batch_size=5", "task.probe=1",
+    ]  # fmt: skip
+    metrics, state = run(graft, tmp_path, "one", *own, "data.batch_size=8")
+    two = (*own, "trainer=ddp_cpu", "data.batch_size=4")
+    metrics2, state2 = run(graft_process, tmp_path, "two", *two)
+    assert metrics2 == pytest.approx(metrics, rel=1e-4)
+    for key, value in state.items():
+        assert torch.allclose(value.float(), state2[key].float(), atol=1e-3), key
+
+
+@pytest.mark.slow
+def test_barlow_twins_correlates_over_ranks(
+    graft: Graft, graft_process: Graft, tmp_path: Path
+) -> None:
+    """One linear layer as the projector has no BatchNorm: halves of a batch are as good as it."""
+    own = [
+        "task=barlow", "task.layers=1", "task.width=8", "head=features", "optimizer=adamw",
+        "transfer.stages.finetune.norm=frozen", "scheduler=constant", "data.augment.color=0.3",
+    ]  # fmt: skip
+    metrics, state = run(graft, tmp_path, "one", *own, "data.batch_size=16")
+    two = (*own, "trainer=ddp_cpu", "data.batch_size=8")
+    metrics2, state2 = run(graft_process, tmp_path, "two", *two)
+    assert metrics2 == pytest.approx(metrics, rel=1e-3)
+    for key, value in state.items():
+        assert torch.allclose(value.float(), state2[key].float(), atol=1e-3), key
+
+
+@pytest.mark.slow
 def test_ranks_stay_equal_through_gradual_unfreezing(
     graft_process: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,8 @@ def test_every_experiment_runs_a_batch(
     overrides = [f"experiment={name}", "debug=fdr", GPU, "data.batch_size=4", "hydra.mode=RUN"]
     if "cifar10" in name or name == "compare_transfer":
         overrides += [f"data.root={image_folders}", "data.val_fraction=0.1"]
+    if name == "domain_shift":
+        overrides += [f"data.root={image_folders}", f"data.target={image_folders}", "task=dann"]
     if name.startswith(("cifar10", "compare")):
         overrides += ["backbone=squeezenet1_1", "backbone.weights=null", "data.image_size=32"]
     done = graft("train", *overrides, f"trainer.precision={precision}")

@@ -471,8 +471,8 @@ def test_nothing_that_a_resumed_run_reads_is_unpickled(tmp_path: Path) -> None:
     ):
         with pytest.raises(UnpicklingError):
             read(best)
-    record: dict[str, Any] = {"classes": [b"a"], "train-names": np.array([Touch(mark)], object)}
-    np.savez(tmp_path / FILE, **record)
+    names: Any = {"train-names": np.array([Touch(mark)], object)}
+    np.savez(tmp_path / FILE, classes=[b"a"], **names)
     with pytest.raises(ValueError, match="is damaged"):
         SplitRecord.read(tmp_path)
     assert not mark.exists()

@@ -52,19 +52,19 @@ def _tests_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
-    """Twenty runs, each killed at a moment of its own, most of them once more when they go on."""
+    """Twelve runs, each killed at a moment of its own, most of them once more when they go on."""
     subprocess.run(
-        [sys.executable, "-m", "tests.killing", str(tmp_path / "k"), "0", "20", *KILLED], check=True
+        [sys.executable, "-m", "tests.killing", str(tmp_path / "k"), "0", "12", *KILLED], check=True
     )
     folders = {path.name: [*(path / "logs").iterdir()] for path in (tmp_path / "k").glob("*/")}
-    assert len(folders) == 22
+    assert len(folders) == 14
     assert {name: len(found) for name, found in folders.items()} == dict.fromkeys(folders, 1)
     (whole,) = folders.pop("whole")
     for name, (folder,) in folders.items():
         assert_equal(folder, whole)
         assert curves(folder) == curves(whole), name
     stacks = json.loads((tmp_path / "k" / "stacks.json").read_text())
-    assert len(stacks) >= 30
+    assert len(stacks) >= 18
     # If calls become more or fewer, another seed may be needed.
     for place in ("write_checkpoint", "_EvaluationLoop.run", "_TrainingEpochLoop.advance",
                   "StartStage.setup", "_keep_best"):  # fmt: skip
@@ -95,18 +95,18 @@ def assert_as_whole(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "signum", "status", "code"),
-    [("1", "SIGTERM", "preempted", 143), ("all", "SIGTERM", "preempted", 143),
-     ("1", "SIGKILL", "failed", 1)],
-)  # fmt: skip
+    ("signum", "status", "code"), [("SIGTERM", "preempted", 143), ("SIGKILL", "failed", 1)]
+)
 def test_two_ranks_stop_together_and_go_on(
     graft_process: Graft, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    rank: str, signum: str, status: str, code: int,
+    signum: str, status: str, code: int,
 ) -> None:  # fmt: skip
-    """Lightning's own handlers hang here; a timeout fails the test, and nothing waits for one."""
+    """Where one of them gets the signal (all: the job of SLURM below). Lightning's own handlers
+    hang here; a timeout fails the test, and nothing waits for one.
+    """
     monkeypatch.chdir(tmp_path)
     number = signal.Signals[signum]
-    monkeypatch.setenv("GRAFT_TEST_STOP", f"{rank} 8 {number.value}")
+    monkeypatch.setenv("GRAFT_TEST_STOP", f"1 8 {number.value}")
     done = graft_process("train", *RANKS)
     assert done.returncode == code, done.stderr
     monkeypatch.delenv("GRAFT_TEST_STOP")

@@ -371,18 +371,18 @@ def test_a_job_of_slurm_saves_before_its_time_limit_and_is_requeued(
 
 
 @pytest.mark.slow
-def test_a_hundred_jobs_of_which_ten_fail(graft: Graft, tmp_path: Path) -> None:
-    """90 results, 10 listed failures; started again, only the 10 run."""
+def test_forty_jobs_of_which_ten_fail(graft: Graft, tmp_path: Path) -> None:
+    """30 results, 10 listed failures; started again, only the 10 run."""
     folder = tmp_path / "sweep"
-    rates = ",".join(["1e30", *(str(i / 100) for i in range(1, 10))])
+    rates = ",".join(["1e30", *(str(i / 100) for i in range(1, 4))])
     swept = (f"optimizer.lr={rates}", "seed=range(0,10)", f"hydra.sweep.dir={folder}")
     done = graft("train", "-m", *TINY, *swept)
     assert done.returncode == 1
-    assert statuses(folder) == ["failed"] * 10 + ["done"] * 90
+    assert statuses(folder) == ["failed"] * 10 + ["done"] * 30
     with (folder / "summary.csv").open() as file:
         rows = [*csv.DictReader(file)]
-    assert len(rows) == 100
-    assert sum(bool(row["test/acc"]) for row in rows) == 90
+    assert len(rows) == 40
+    assert sum(bool(row["test/acc"]) for row in rows) == 30
     assert sum("lower optimizer.lr" in row["error"] for row in rows) == 10
     assert (folder / "summary.md").read_text().count("\n  - ") == 10
     before = {record["job"]: record["finished"] for record in records(folder)}
@@ -390,4 +390,4 @@ def test_a_hundred_jobs_of_which_ten_fail(graft: Graft, tmp_path: Path) -> None:
     assert again.returncode == 1
     ran = [job for job, ended in before.items() if records(folder)[job]["finished"] != ended]
     assert ran == list(range(10))
-    assert len([path for path in folder.iterdir() if path.is_dir()]) == 100
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 40

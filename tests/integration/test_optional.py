@@ -15,7 +15,8 @@ OPTIONAL = {
     "sweeps": (
         "src/graft/sweeps", "src/hydra_plugins", "configs/hydra/launcher", "configs/hydra/sweeper",
     ),
-    "compare": ("src/graft/compare", "src/graft/commands/compare.py"),
+    "choose": ("src/graft/choose", "src/graft/commands/choose.py", "configs/choose.yaml"),
+    "compare": ("src/graft/compare", "src/graft/commands/compare.py", "src/graft/choose"),
     "evaluation": (
         "src/graft/evaluation", "src/graft/commands/evaluate.py", "src/graft/runs/evaluate.py",
         "src/graft/runs/other_data.py", "src/graft/deploy",
@@ -24,6 +25,29 @@ OPTIONAL = {
         "src/graft/tasks/multilabel.py", "src/graft/tasks/regression.py",
         "src/graft/data/sources/table.py", "configs/task/multilabel.yaml",
         "configs/task/regression.yaml", "configs/data/image_table.yaml",
+    ),
+    "text": (
+        "src/graft/transforms/text.py", "src/graft/data/sources/texts.py",
+        "src/graft/data/sources/corpus.py", "src/graft/models/huggingface.py",
+        "src/graft/models/text_blocks.py", "src/graft/models/tokenizer.py",
+        "src/graft/tasks/pretrain_bert.py", "src/graft/deploy/texts.py",
+        "configs/data/text_csv.yaml", "configs/data/text_corpus.yaml",
+        "configs/backbone/huggingface.yaml", "configs/backbone/bert.yaml",
+        "configs/task/pretrain_bert.yaml", "configs/experiment/pretrain_bert.yaml",
+        "configs/experiment/text_finetune.yaml",
+    ),
+    "shift": (
+        "src/graft/tasks/domains.py", "src/graft/tasks/coral.py", "src/graft/tasks/dann.py",
+        "configs/task/coral.yaml", "configs/task/dann.yaml", "configs/transfer/adabn.yaml",
+        "configs/experiment/domain_shift.yaml",
+    ),
+    "self-supervised": tuple(
+        f"{folder}{name}"
+        for task in ("denoising", "masked", "barlow")
+        for folder, name in (
+            ("src/graft/tasks/", f"{task}.py"), ("configs/task/", f"{task}.yaml"),
+            ("configs/experiment/pretrain_", f"{task}.yaml"),
+        )
     ),
     "timm": ("src/graft/models/timm.py", "configs/backbone/timm.yaml"),
     "trackers": (

@@ -13,6 +13,9 @@ class Asked:
     """A model that has been asked already: its outputs are in the batch."""
 
     backbone: Any = None
+    head: Any = None
+    progress: Any = None
+    features: Any = None
 
     def outputs(self, batch: Batch) -> Tensor:
         return batch["outputs"]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graft.evaluation.adapt import Tent, estimate_statistics, kept, require_batch_norms
+from graft.evaluation.adapt import Tent, kept
 from graft.models.backbone import Backbone
 from graft.models.resnet_cifar import resnet_cifar
 from graft.models.torchvision import torchvision_backbone
 from graft.plan.freeze import batch_norms
+from graft.training.adabn import estimate_statistics, require_batch_norms
 from tests.conftest import same
 
 
@@ -186,4 +187,4 @@ def test_a_reset_is_bit_exact(
 def test_a_backbone_without_batchnorm_is_refused_by_name() -> None:
     backbone = torchvision_backbone(model="squeezenet1_1", weights=None)
     with pytest.raises(ValueError, match=r"--adapt tent: .*squeezenet1_1.* has no BatchNorm"):
-        require_batch_norms(backbone, "tent")
+        require_batch_norms(backbone, "--adapt tent")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from scipy import ndimage
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import ImageDataset
 from graft.data.sources.base import Split
+from graft.data.sources.shifted import corrupted
 from graft.data.sources.synthetic import Synthetic
-from graft.evaluation.corruptions import CorruptedImages
 from graft.transforms.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from graft.transforms.images import ImageInputs
 from graft.transforms.preprocessing import Preprocessing
@@ -136,11 +137,12 @@ def test_blur_grows_with_the_image() -> None:
     assert (small.float() - halved).abs().mean() > 2 * away
 
 
-def test_a_corrupted_subset_holds_the_images_of_the_whole_set() -> None:
+def test_a_corrupted_subset_holds_the_images_of_the_whole_set(tmp_path: Path) -> None:
     """Noise goes by an image's place in the stored set, not by its place in a batch or subset."""
     split = Split(photographs().numpy(), np.arange(6))
-    whole = CorruptedImages(ImageDataset(split), "gaussian_noise", 2)[[4, 5]]
-    part = CorruptedImages(ImageDataset(split, np.array([1, 4, 5])), "gaussian_noise", 2)[[1, 2]]
+    whole = corrupted(ImageDataset(split), "gaussian_noise", 2, tmp_path)[[4, 5]]
+    some = ImageDataset(split, np.array([1, 4, 5]))
+    part = corrupted(some, "gaussian_noise", 2, tmp_path)[[1, 2]]
     assert torch.equal(whole["input"], part["input"])
     assert part["label"].tolist() == [4, 5]
     assert part["index"].tolist() == [1, 2]

@@ -127,7 +127,7 @@ SAMPLES: dict[Callable[[Path], Any], bytes] = {
     read_yaml_texts: b"- seed=1\n- '+a.b=[1,2]'\n- optimizer.lr=${x}\n",
     read_csv: b'step,val/acc,note\n1,0.5,"a,b"\n2,0.75,\n3,,x\n',
 }
-COUNTS = [500, pytest.param(10_000, marks=pytest.mark.slow)]
+COUNTS = [500, pytest.param(3_000, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -18,6 +18,7 @@ from graft.data.datasets import Batch
 from graft.data.items import SplitRecord
 from graft.data.sources.table import ImageTable
 from graft.evaluation.bootstrap import intervals
+from graft.models.resnet_cifar import resnet_cifar
 from graft.tasks.base import Tally, Task
 from graft.tasks.multilabel import MultiLabel
 from graft.tasks.regression import Regression
@@ -26,6 +27,7 @@ from tests.conftest import Graft
 from tests.unit.asked import Asked
 from tests.unit.source_files import read, save
 
+BACKBONE = resnet_cifar(depth=8, width=4, weights=None)
 NAMES = ["red", "large", "third"]
 
 
@@ -146,7 +148,7 @@ def test_regression_metrics_are_those_of_torchmetrics_in_the_units_of_the_data()
     torch.manual_seed(0)
     target = torch.randn(50, 2) * torch.tensor([1.0, 1000.0]) + torch.tensor([5.0, 1e5])
     task = Regression()
-    task.build(2)
+    task.build(2, BACKBONE)
     task.prepare(target.numpy(), NAMES[:2])
     outputs = (target - task.mean) / task.std + torch.randn(50, 2)
     found = evaluated(task, *parts(outputs, target))
@@ -164,7 +166,7 @@ def test_many_heads_have_the_losses_and_metrics_of_each(kind: str) -> None:
     torch.manual_seed(0)
     outputs, target = torch.randn(20, 3, 2), (torch.rand(20, 2) > 0.5).float()
     task: Task = MultiLabel() if kind == "multilabel" else Regression()
-    task.build(2)
+    task.build(2, BACKBONE)
     task.prepare(target.numpy(), NAMES[:2])
     together = {"outputs": outputs, "target": target}
     losses, tally = task.loss(Asked(), together), Tally()
@@ -182,7 +184,7 @@ def test_targets_that_a_task_cannot_learn() -> None:
     with pytest.raises(ValueError, match="red has the value 2: labels are from 0 to 1"):
         MultiLabel().prepare(columns, NAMES[:2])
     task = Regression()
-    task.build(2)
+    task.build(2, BACKBONE)
     with pytest.raises(ValueError, match="large is the same for every training image"):
         task.prepare(columns, NAMES[:2])
     with pytest.raises(ValueError, match="no training image shows red"):
@@ -243,7 +245,7 @@ def test_a_probe_from_stored_features_is_the_one_from_images(
 def test_intervals_hold_the_value_and_narrow_with_more_examples() -> None:
     torch.manual_seed(0)
     task = Regression()
-    task.build(1)
+    task.build(1, BACKBONE)
 
     def width(n: int) -> float:
         target = torch.randn(n, 1)

@@ -21,7 +21,7 @@ from graft.storage.disk import readable
 from graft.storage.reading import read_json
 from graft.storage.shards import is_whole
 
-PREFIXES = ("features-", "folder-", "cifar10-")
+PREFIXES = ("features-", "folder-", "cifar10-", "shifted-")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def _describe(path: Path) -> str:
         info = read_entry(path)
         if info is None:
             return "unfinished"
+        if path.name.startswith("shifted-"):
+            return f"images with {info['classes'][0]}"
         return f"images of {plural(len(info['classes']), 'class', 'classes')}"
     try:
         about = read_json(path / "about.json")

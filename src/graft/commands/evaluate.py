@@ -53,6 +53,11 @@ def main(arguments: Sequence[str]) -> None:
         help="of --corruptions, from 1 to 5; default: all five",
     )
     option(
+        "--mixed",
+        action="store_true",
+        help="--adapt to all --corruptions at once, as one shuffled stream of images",
+    )
+    option(
         "--adapt",
         choices=("adabn", "tent", "tent-continual"),
         help="to the images, without their labels: their BatchNorm statistics (adabn), or also "
@@ -65,6 +70,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = vars(parser.parse_intermixed_args(arguments))
     if settings["corruptions"] is None and settings["severities"] != Settings.severities:
         parser.error("--severities is for --corruptions")
+    if settings["mixed"] and (settings["corruptions"] is None or not settings["adapt"]):
+        parser.error("--mixed is for --corruptions and --adapt together")
     folder = settings.pop("config_dir")
     if folder and not settings["data"]:
         parser.error("--config-dir is for --data")

@@ -1,4 +1,4 @@
-"""`graft predict`: what a model says of image files. An exported ONNX model needs no torch."""
+"""`graft predict`: what a model says of images or texts. An exported ONNX model needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from graft.commands import Parser
 from graft.config.names import visible
 from graft.config.words import plural
 from graft.deploy.artefact import open_model
-from graft.deploy.listing import LIST, Paths
+from graft.deploy.listing import LIST, Paths, takes_texts
 from graft.deploy.predict import Row, predict
 from graft.deploy.screen import FEW, Progress, Screen
 from graft.deploy.spec import Model
@@ -33,8 +33,9 @@ BROKEN_PIPE = 128 + signal.SIGPIPE  # as a shell reports who was stopped by it
 def main(arguments: Sequence[str]) -> None:
     parser = Parser(
         prog="graft predict",
-        description="What a model says of images, a row for each: the class, its probability, and "
-        "those of all classes (p_CLASS); labels above one half; or the predicted numbers.",
+        description="What a model says of images or texts, a row for each: the class, its "
+        "probability, and those of all classes (p_CLASS); labels above one half; or the predicted "
+        "numbers.",
         epilog=f"Without --out, up to {FEW} images are printed as a table on a terminal; more, and "
         "everything that is piped, as CSV. Images that cannot be read are rows with an error; the "
         "exit status is then 1.",
@@ -43,11 +44,12 @@ def main(arguments: Sequence[str]) -> None:
     option("model", type=Path, metavar="MODEL", help="a run folder, or a file of graft export")
     option(
         "paths",
-        nargs="+",
+        nargs="*",
         metavar="PATH",
         help="images, folders of images at any depth, patterns ('photos/**/*.jpg'), or - for a "
-        "list on standard input, a path a line",
+        "list on standard input, a path a line; of a run on texts, files with a text a line",
     )
+    option("--text", action="append", default=[], metavar="TEXT", help="a text, of a run on texts")
     option("--out", type=Path, metavar="FILE", help="write FILE: .csv, .jsonl or .parquet")
     option("--force", action="store_true", help="replace FILE if it is there")
     option("--top", type=_positive, default=0, metavar="K", help="the K likeliest classes, too")
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
     option("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     add_trust(parser)
     settings = parser.parse_intermixed_args(arguments)
+    if not (settings.paths or settings.text):
+        parser.error("name what is to be predicted: PATH, or --text TEXT for a run on texts")
     if settings.force and settings.out is None:
         parser.error("--force is for --out")
     if settings.embeddings and settings.top:
@@ -89,28 +93,25 @@ def _predict(settings: argparse.Namespace) -> str:
     out: Path | None = settings.out
     if out is not None:
         _check_out(out, settings.force)
-    paths = Paths(settings.paths)
     if settings.model.is_dir():
         from graft.runs.startup import import_libraries
 
         import_libraries()
-    model = open_model(
-        settings.model, ckpt=settings.ckpt, mirror=settings.mirror, device=settings.device
-    )
-    if settings.top and model.spec.output_kind == "numbers":
-        raise ValueError("--top is for classes and labels: this model predicts numbers")
-    width = _width(model) if settings.embeddings else 0
-    columns = Columns(model.spec, settings.top, width)
+    paths = None
+    if settings.text or takes_texts(settings.model):
+        kind, columns, batches = "text", *_of_texts(settings)
+    else:
+        paths = Paths(settings.paths)
+        kind, columns, batches = "image", *_of_images(settings, paths)
     on_screen = out is None and sys.stdout.isatty()
     progress = Progress(silent=on_screen)
     unreadable: list[Row] = []
     failed = 0
-    batches = predict(model, paths, embeddings=settings.embeddings, batch_size=settings.batch_size)
     with _stopped_by_signals(), closing(batches):  # what is queued is not computed after an end
         first = next(batches, None)
         if first is None:
             places = ["standard input" if path == LIST else path for path in settings.paths]
-            raise ValueError(f"no images in {', '.join(places)}")
+            raise ValueError(f"no {kind}s in {', '.join(places)}")
         try:
             with _writer(out, columns) as writer:
                 for rows in _with_first(first, batches):
@@ -124,16 +125,51 @@ def _predict(settings: argparse.Namespace) -> str:
             progress.clear()
             raise
     progress.finish(f", in {visible(str(out))}" if out else "")
-    if paths.left_out:
+    if paths is not None and paths.left_out:
         left = plural(paths.left_out, "file")
         print(f"{left} left out, no image by the name's extension", file=sys.stderr)
     if not failed:
         return ""
     row = unreadable[0]
     return (
-        f"{failed:,} of {plural(progress.done, 'image')} could not be read, "
+        f"{failed:,} of {plural(progress.done, kind)} could not be read, "
         f"first: {visible(row.path)}: {visible(row.error)}"
     )
+
+
+def _of_images(settings: argparse.Namespace, paths: Paths) -> tuple[Columns, Generator[list[Row]]]:
+    model = open_model(
+        settings.model, ckpt=settings.ckpt, mirror=settings.mirror, device=settings.device
+    )
+    if settings.top and model.spec.output_kind == "numbers":
+        raise ValueError("--top is for classes and labels: this model predicts numbers")
+    columns = Columns(model.spec, settings.top, _width(model) if settings.embeddings else 0)
+    return columns, predict(
+        model, paths, embeddings=settings.embeddings, batch_size=settings.batch_size
+    )
+
+
+def _of_texts(settings: argparse.Namespace) -> tuple[Columns, Generator[list[Row]]]:
+    if not settings.model.is_dir():
+        raise ValueError(f"--text: {settings.model} is no run folder, and texts need one")
+    if settings.mirror:
+        raise ValueError("--mirror: texts have no mirror image")
+    from graft.deploy.texts import TextModel, read_texts
+
+    model = TextModel(settings.model, settings.ckpt, settings.device)
+    features = model.backbone.num_features if settings.embeddings else 0
+
+    def batches() -> Generator[list[Row]]:
+        yield from model.rows(
+            read_texts(settings.paths, settings.text),
+            embeddings=settings.embeddings,
+            batch_size=settings.batch_size,
+        )
+        if model.cut:
+            most = model.preprocessing.length
+            print(f"{plural(model.cut, 'text')} cut to {most} tokens", file=sys.stderr)
+
+    return Columns(model.spec, settings.top, features, "text"), batches()
 
 
 def _with_first(first: list[Row], others: Iterator[list[Row]]) -> Iterator[list[Row]]:

@@ -23,6 +23,8 @@ from graft.config.kinds import (
     POSITIVE_INT,
     PROBABILITY,
     SEED,
+    SEVERITY,
+    SHIFTS,
     SIDE,
     TAGS,
     TEXT,
@@ -45,11 +47,22 @@ def _is_monitor(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"val/[\w-]+", value) is not None
 
 
+def _is_architecture(value: Any) -> bool:
+    plain = (str, int, float, type(None))
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("model_type"), str)
+        and all(isinstance(v, plain) for v in value.values())
+    )
+
+
 AUGMENT: dict[str, Check] = {
     "shift": BELOW_ONE,
     "flip": PROBABILITY,
     "scale": or_null(range_of("two areas above 0 and up to 1, like [0.08, 1]", 1.0)),
     "ratio": range_of("two numbers above 0, like [0.75, 1.33]", float("inf")),
+    "color": PROBABILITY,
+    "grayscale": PROBABILITY,
     "erase": PROBABILITY,
     "mixup": NOT_NEGATIVE,
     "cutmix": NOT_NEGATIVE,
@@ -89,7 +102,7 @@ TRAINER: dict[str, Check] = {
     "deterministic": either("true, false or warn", BOOL, one_of("warn")),
     "limit_train_batches": BATCHES,
     "limit_val_batches": BATCHES,
-    "limit_test_batches": BATCHES,
+    "limit_test_batches": either(f"{BATCHES[0]}, or 0 for no test", BATCHES, NATURAL),
 }
 MORE_TRAINER: dict[str, Check] = {
     "benchmark": BOOL,
@@ -114,6 +127,8 @@ CHECKS: dict[str, Check] = {
     "data.eval_batch_size": POSITIVE_INT,
     "data.image_size": or_null(SIDE),
     "data.resize_size": or_null(SIDE),
+    "data.length": or_null(POSITIVE_INT),
+    "data.mask": FRACTION,
     "data.augment": or_null(OBJECT),
     **{f"data.augment.{key}": check for key, check in AUGMENT.items()},
     "data.sample_transform": or_null(OBJECT),
@@ -126,7 +141,14 @@ CHECKS: dict[str, Check] = {
     "data.epoch_images": or_null(POSITIVE_INT),
     "data.drop_last": BOOL,
     "data.reshuffle": BOOL,
-    "data.sampling": one_of("shuffled", "balanced"),
+    "data.sampling": one_of("shuffled", "balanced", "importance", "hard"),
+    "data.shift": or_null(one_of(*SHIFTS)),
+    "data.severity": SEVERITY,
+    "data.target": or_null(either("a folder, or some of shift, severity, source", TEXT, MAPPING)),
+    "data.target.shift": or_null(one_of(*SHIFTS)),
+    "data.target.severity": SEVERITY,
+    "data.target.source": OBJECT,
+    "data.oracle": BOOL,
     "data.num_workers": up_to(0, 256),
     "data.pin_memory": BOOL,
     "data.source": OBJECT,
@@ -193,6 +215,7 @@ CLOSED: dict[str, dict[str, Check]] = {
     "transfer.stages.*": STAGE,
     "transfer.stages.*.lora": {"rank": POSITIVE_INT, "alpha": POSITIVE},
     "head.grid": {"lr": POSITIVE, "weight_decay": NOT_NEGATIVE, "seed": SEED},
+    "data.target": {"shift": TEXT, "severity": SEVERITY, "source": OBJECT},
 }
 INSTEAD = {
     "trainer.overfit_batches": "debug=overfit",
@@ -218,7 +241,32 @@ _WEIGHTS = {
     "taps": or_null(either("all, or a list of names of blocks", TEXT, list_of(TEXT))),
     "pretrained": BOOL,
 }
+_CLASSIFICATION = {
+    "loss": one_of("cross_entropy", "focal"),
+    "gamma": NOT_NEGATIVE,
+    "class_weights": or_null(
+        either("balanced, or a number for each class", one_of("balanced"), list_of(POSITIVE))
+    ),
+    "label_smoothing": BELOW_ONE,
+}
+_PRETRAINING = {"probe": NATURAL}
+_RESTORING = {**_PRETRAINING, "decoder_width": up_to(0, 10_000)}
 ARGUMENTS: dict[str, dict[str, Check]] = {
+    "graft.models.huggingface.huggingface_backbone": {
+        **_WEIGHTS,
+        "model": or_null(TEXT),
+        "architecture": ("a config of transformers, with a model_type", _is_architecture),
+        "tokenizer": or_null(("a file or a folder", TEXT[1])),
+        "pooling": one_of("mean", "cls"),
+        "dropout": or_null(BELOW_ONE),
+    },
+    "graft.data.sources.texts.TextTable": {**_FOLDER, "text": TEXT, "label": TEXT},
+    "graft.data.sources.corpus.TextCorpus": {
+        **_FOLDER,
+        "held_out": FRACTION,
+        "copies": POSITIVE_INT,
+        "seed": SEED,
+    },
     "graft.models.resnet_cifar.resnet_cifar": {
         **_WEIGHTS,
         "depth": up_to(8, 2000),
@@ -231,6 +279,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     },
     "graft.data.sources.cifar.Cifar10": {**_FOLDER, "download": BOOL},
     "graft.data.sources.folder.ImageFolder": _IMAGES,
+    "graft.data.sources.folder.UnlabelledFolder": _IMAGES,
     "graft.data.sources.table.ImageTable": {
         **_IMAGES,
         "table": TEXT,
@@ -243,13 +292,12 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         "image_size": SIDE,
         "seed": SEED,
     },
-    "graft.tasks.classification.Classification": {
-        "loss": one_of("cross_entropy", "focal"),
-        "gamma": NOT_NEGATIVE,
-        "class_weights": or_null(
-            either("balanced, or a number for each class", one_of("balanced"), list_of(POSITIVE))
-        ),
-        "label_smoothing": BELOW_ONE,
+    "graft.tasks.classification.Classification": _CLASSIFICATION,
+    "graft.tasks.coral.Coral": {**_CLASSIFICATION, "weight": NOT_NEGATIVE},
+    "graft.tasks.dann.Dann": {
+        **_CLASSIFICATION,
+        "weight": NOT_NEGATIVE,
+        "hidden": up_to(1, 1_000_000),
     },
     "graft.tasks.multilabel.MultiLabel": {
         "pos_weight": or_null(
@@ -257,6 +305,19 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         ),
     },
     "graft.tasks.regression.Regression": {"loss": one_of("mse", "l1", "huber")},
+    "graft.tasks.denoising.Denoising": {**_RESTORING, "noise": NOT_NEGATIVE, "blur": NOT_NEGATIVE},
+    "graft.tasks.masked.Masked": {
+        **_RESTORING,
+        "patch": POSITIVE_INT,
+        "ratio": FRACTION,
+        "normalise": BOOL,
+    },
+    "graft.tasks.barlow.Barlow": {
+        **_PRETRAINING,
+        "width": up_to(1, 100_000),
+        "layers": up_to(1, 10),
+        "redundancy": POSITIVE,
+    },
     "graft.models.heads.CosineHead": {"scale": POSITIVE},
     "graft.models.heads.MLPHead": {"hidden": up_to(1, 1_000_000), "layers": up_to(0, 1000)},
     "graft.reporting.loggers.TensorBoard": {"images": BOOL},

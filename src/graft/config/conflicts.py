@@ -9,7 +9,14 @@ from typing import Any
 
 from graft.config.overrides import is_path
 
+TWO_STREAMS = ("graft.tasks.coral.Coral", "graft.tasks.dann.Dann")
 IMAGE_FOLDER = "graft.data.sources.folder.ImageFolder"
+PRETRAIN_BERT = "graft.tasks.pretrain_bert.PretrainBert"
+PRETRAINING = {
+    f"graft.tasks.{name}.{name.capitalize()}": name for name in ("denoising", "masked", "barlow")
+}
+UNLABELLED_FOLDER = "graft.data.sources.folder.UnlabelledFolder"
+FEATURES = "graft.models.heads.FeaturesHead"
 PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
 
 # Callbacks of Lightning's that have no place in a run, and what has.
@@ -34,6 +41,8 @@ def conflict(plain: dict[str, Any]) -> str | None:
         _stage_problem(plain)
         or _grid_problem(plain)
         or _task_problem(plain)
+        or _target_problem(plain)
+        or _pretraining_problem(plain)
         or _solver_problem(plain)
         or _batchnorm_problem(plain)
         or _augment_problem(plain)
@@ -46,7 +55,11 @@ def conflict(plain: dict[str, Any]) -> str | None:
 def missing_path(plain: dict[str, Any]) -> str | None:
     """The first path of a new run that there is not; data that is downloaded need not be there."""
     source, weights = plain["data"]["source"], plain["backbone"].get("weights")
-    if source["_target_"] == IMAGE_FOLDER and not Path(source["root"]).is_dir():
+    target = plain["data"].get("target")
+    if isinstance(target, str) and not Path(target).is_dir():
+        return f"data.target={target}: no such folder; class folders of the other domain go there"
+    folders = (IMAGE_FOLDER, UNLABELLED_FOLDER)
+    if source["_target_"] in folders and not Path(source["root"]).is_dir():
         return f"{source['root']}: no such folder; data.root= says where the images are"
     if is_path("backbone.weights", weights) and not Path(weights).exists():
         return f"backbone.weights={weights}: neither a file nor a run folder of graft"
@@ -69,6 +82,8 @@ def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | Non
                 f"{override}: no stage of this plan augments its images: set "
                 f"transfer.stages.{next(iter(named))}.augment=true"
             )
+        if key == "data.severity" and plain["data"].get("shift") is None:
+            return f"{override}: there is no data.shift"
         if key.startswith(("optimizer.lr", "scheduler.")) and solved:
             return f"{override}: this plan solves for its head, without steps"
         match key.split("."):
@@ -163,6 +178,8 @@ def _grid_problem(plain: dict[str, Any]) -> str | None:
             f"head.grid: the first stage, {name}, trains more than the head, and heads can't share "
             "that: use transfer=linear_probe, or a plan that starts with trainable: head"
         )
+    if plain["task"]["_target_"] == PRETRAIN_BERT:
+        return "head.grid: task=pretrain_bert trains one head: set head.grid=null"
     if stage.get("solver", "sgd") != "sgd":
         return f"head.grid: transfer.stages.{name}.solver={stage['solver']} solves for one head"
     own = stage.get("augment", True)
@@ -189,8 +206,82 @@ def _task_problem(plain: dict[str, Any]) -> str | None:
     for name, stage in plain["transfer"]["stages"].items():
         if stage.get("label_smoothing") is not None and "label_smoothing" not in task:
             return f"transfer.stages.{name}.label_smoothing: this task has none"
-    if task["mode"] == "max" and task["monitor"].rpartition("/")[2] in ("loss", "mae", "rmse"):
+    measured = task["monitor"].rpartition("/")[2]
+    if task["mode"] == "max" and (
+        measured in ("mae", "rmse", "entropy") or measured.endswith("loss")
+    ):
         return f"task.monitor={task['monitor']}: smaller is better: set task.mode=min"
+    return None
+
+
+def _target_problem(plain: dict[str, Any]) -> str | None:
+    """What needs a second domain where there is none, and what makes no use of one."""
+    data, task, stages = plain["data"], plain["task"], plain["transfer"]["stages"]
+    adapts = task["_target_"] in TWO_STREAMS
+    target = data.get("target")
+    if target is None:
+        wanting = {
+            f"task={task['_target_'].rpartition('.')[2].lower()}": adapts,
+            f"task.monitor={task['monitor']}": task["monitor"] in ("val/snd", "val/entropy"),
+            "data.sampling=importance": data.get("sampling") == "importance",
+            "data.oracle=true": data.get("oracle"),
+            **{f"transfer.stages.{n}.adabn=true": s.get("adabn") for n, s in stages.items()},
+        }
+        first = next((option for option, wants in wanting.items() if wants), None)
+        return first and f"{first}: there is no second domain: set data.target=FOLDER"
+    if isinstance(target, dict) and not (target.get("shift") or target.get("source")):
+        return "data.target: neither a shift nor a source: it would be the training data itself"
+    if isinstance(target, dict) and "severity" in target and not target.get("shift"):
+        return f"data.target.severity={target['severity']}: there is no data.target.shift"
+    if not adapts:
+        return None
+    if all(stage.get("trainable", "all") == "head" for stage in stages.values()):
+        return f"task={task['_target_']}: adapts a backbone, and no stage of this plan trains one"
+    if plain["head"].get("grid"):
+        return f"head.grid: task={task['_target_']} trains one head: set head.grid=null"
+    for stage in stages.values():
+        own = stage.get("augment", True)
+        augment = {**(data.get("augment") or {}), **(own if isinstance(own, dict) else {})}
+        if own is not False and (augment.get("mixup") or augment.get("cutmix")):
+            return "data.augment.mixup and cutmix mix labels, and images of data.target have none"
+    return None
+
+
+def _pretraining_problem(plain: dict[str, Any]) -> str | None:
+    """What a task without labels cannot use, and what the others cannot do without."""
+    data, head, task = plain["data"], plain["head"], plain["task"]
+    name, own = PRETRAINING.get(task["_target_"]), head["_target_"] == FEATURES
+    unlabelled = data["source"]["_target_"] == UNLABELLED_FOLDER
+    if name is None and unlabelled:
+        return "data=unlabelled_folder: has no classes to learn: use data=image_folder"
+    if unlabelled and task.get("probe"):
+        return f"task.probe={task['probe']}: these images have no classes: set task.probe=0"
+    if name is None:
+        return "head=features: gives no outputs: it is for self-supervised tasks" if own else None
+    key = f"task={name}"
+    if not own:
+        return f"{key}: has a decoder or projector of its own: set head=features"
+    if data.get("shots_per_class") is not None or data.get("sampling") == "balanced":
+        option = "shots_per_class" if data.get("shots_per_class") else "sampling=balanced"
+        return f"data.{option}: {key} sees no classes: use data.train_fraction"
+    if task["monitor"] == "val/probe_acc" and (task.get("probe") != 1 or task["mode"] != "max"):
+        return "task.monitor=val/probe_acc: set task.probe=1 and task.mode=max too"
+    if plain["mirror"]:
+        return f"mirror=true: {key} has no features to average"
+    for stage, options in plain["transfer"]["stages"].items():
+        place = f"transfer.stages.{stage}"
+        if options.get("trainable", "all") != "all":
+            return f"{place}.trainable: {key} trains the whole backbone: set it to all"
+        if options.get("cache") == "on" or options.get("views", "none") != "none":
+            return f"{place}: {key} has no frozen features to store: leave cache and views out"
+        augment = options.get("augment", True)
+        used = {**(data.get("augment") or {}), **(augment if isinstance(augment, dict) else {})}
+        if augment is not False and (used.get("mixup") or used.get("cutmix")):
+            return f"{key}: knows no labels to mix: set data.augment.mixup=0 and cutmix=0"
+        if name == "barlow" and (augment is False or not used):
+            return f"{key}: two views of an image would be equal: {place} must augment"
+    if name == "barlow" and data.get("sample_transform") is not None:
+        return f"{key}: data.sample_transform would be drawn once for both views: use data.augment"
     return None
 
 
@@ -230,8 +321,10 @@ def _sharding_problem(plain: dict[str, Any]) -> str | None:
     trainer = plain["trainer"]
     if trainer.get("strategy") != "fsdp":
         return None
+    if plain["task"]["_target_"] == PRETRAIN_BERT:
+        return "task=pretrain_bert shares weights with the encoder: use trainer=ddp, not fsdp"
     for name, stage in plain["transfer"]["stages"].items():
-        for option in ("l2_sp", "ema"):
+        for option in ("l2_sp", "ema", "adabn"):
             if stage.get(option) and stage.get("trainable", "all") != "head":
                 return (
                     f"transfer.stages.{name}.{option}: needs whole weights on each device, and "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -15,8 +16,9 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, open_dict
 
 from graft.config.conflicts import missing_path, without_effect
-from graft.config.overrides import quote_paths, whole_command
+from graft.config.overrides import config_folders, place, quote_paths, quoted, whole_command
 from graft.config.resolved import CONFIGS, check, chosen_options, explain
+from graft.config.words import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,26 @@ def compose_job(overrides: Sequence[str]) -> Job:
             return Job.of(config, hydra)
         except HydraException as error:
             raise ValueError(explain(error, overrides)) from None
+
+
+def data_overrides(data: str | Path, own: Sequence[str] = ()) -> list[str]:
+    """What `graft train` takes for a folder of class folders, or the name of a config of data.
+
+    Args:
+        own: overrides that name folders with configs.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folders = [CONFIGS, *config_folders(own)]
+    names = {path.stem for folder in folders for path in (folder / "data").glob("*.yaml")}
+    known = sorted(names - {"base"})
+    if isinstance(data, str) and data in known:
+        return [f"data={data}"]
+    if place(data).is_dir():
+        return ["data=image_folder", quoted("data.root", str(data))]
+    hint = did_you_mean(str(data), known) or f"; configs of data: {', '.join(known)}"
+    raise ValueError(f"data={data}: neither a folder nor a config of data{hint}")
 
 
 @contextmanager

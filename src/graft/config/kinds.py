@@ -89,3 +89,10 @@ WARMUP: Check = (
     "a part of the stage below 1, or a whole number of steps",
     lambda v: is_number(v) and (0 <= v < 1 or (v >= 1 and v == int(v) and v < 1e9)),
 )
+# The corruptions of CIFAR-10-C; what they do is in `transforms.corruptions`, which imports torch.
+SHIFTS = (
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
+    "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
+    "jpeg_compression",
+)  # fmt: skip
+SEVERITY = up_to(1, 5)

@@ -15,7 +15,8 @@ from hydra.errors import HydraException
 
 # Keys whose values are paths, or names that nothing but a file may have.
 PATHS = re.compile(
-    r"\+{0,2}(paths\.\w+|data\.(source\.)?(root|cache)|backbone\.weights|hydra\.sweep\.dir)"
+    r"\+{0,2}(paths\.\w+|data\.((target\.)?source\.)?(root|cache)|data\.target"
+    r"|backbone\.(weights|model|tokenizer)|hydra\.sweep\.dir)"
 )
 TEXTS = re.compile(rf"\+{{0,2}}name|{PATHS.pattern}")  # Hydra is to read them as text
 
@@ -53,6 +54,8 @@ def is_path(key: str, value: Any) -> bool:
     """Whether a value is one: of `backbone.weights`, names of a library are not."""
     if not isinstance(value, str) or not value or "${" in value or not PATHS.fullmatch(key):
         return False
+    if key == "backbone.model":  # a name, unless there is such a folder
+        return Path(value).expanduser().is_dir()
     return key != "backbone.weights" or is_weights_path(value)
 
 
@@ -123,6 +126,13 @@ def path_of(override: str) -> str:
     """The text of an override that sets a path."""
     value = OverridesParser.create().parse_override(override).value()
     return value.text if isinstance(value, QuotedString) else str(value)
+
+
+def typed(override: str) -> str:
+    """An override as it is typed in a shell; the command quotes paths for Hydra itself."""
+    key, _, value = override.partition("=")
+    is_text = PATHS.fullmatch(key) and value != "null"
+    return shlex.quote(f"{key}={path_of(override)}" if is_text else override)
 
 
 def _from_root(override: str) -> str:
@@ -201,7 +211,7 @@ def _quote_path(parser: OverridesParser, argument: str) -> str:
         readable = False
     else:
         readable = True
-        if not takes_path or value is None or isinstance(value, str | bool | QuotedString):
+        if not takes_path or value is None or isinstance(value, str | bool | dict | QuotedString):
             return argument
         if isinstance(value, ChoiceSweep) and not value.simple_form:
             return argument

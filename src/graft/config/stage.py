@@ -58,6 +58,8 @@ class StageOptions:
         l2_sp: strength of the penalty towards the pretrained backbone, l2_sp / 2 * |w - w0|^2, in
             place of its weight decay (Li et al. 2018).
         ema: decay of a moving average of the weights, which is what is validated and kept; 0: none.
+        adabn: whether the stage's best weights end with the BatchNorm statistics of images of
+            `data.target`: at most 2,000, without their labels (Li et al. 2016).
         label_smoothing: if other than the run's.
         augment: whether training images are augmented, or how: what differs from `data.augment`.
         image_size: side in px of this stage's images, in training and evaluation; None is the
@@ -83,6 +85,7 @@ class StageOptions:
     lora: Annotated[Any, or_null(("a rank and an alpha", MAPPING[1]))] = None
     l2_sp: Annotated[float, NOT_NEGATIVE] = 0.0
     ema: Annotated[float, BELOW_ONE] = 0.0
+    adabn: bool = False
     label_smoothing: Annotated[float | None, or_null(BELOW_ONE)] = None
     augment: Annotated[bool | Mapping[str, Any], AUGMENTED] = True
     image_size: Annotated[int | None, or_null(SIDE)] = None

@@ -43,7 +43,8 @@ class TransferDataModule(L.LightningDataModule):
         seed: the run's seed: order of the data and augmentation.
         recorded: the items of each split, of a run that has begun; None: they are drawn.
         drop_last: leave out a smaller last training batch (the next epoch draws anew).
-        sampling: "shuffled": each training image once; "balanced": each class equally often.
+        sampling: "shuffled": each training image once; "balanced": each class equally often;
+            "importance" or "hard": by `weights`, which somebody sets.
         reshuffle: draw the order of the training images anew in every epoch.
     """
 
@@ -99,6 +100,11 @@ class TransferDataModule(L.LightningDataModule):
         self.recorded = recorded
         self.changes: dict[str, str] = {}  # by split, what has changed since it was recorded
         self.streams: tuple[str, ...] = ("train",)  # of the task
+        self.weights: np.ndarray | None = None  # of the training images, in their order
+        self.val_splits = ["val"]  # what a validation goes through
+        self.tested = "test"  # the split that a test goes through
+        self.two_views = False  # likewise
+        self.sees_labels = True  # likewise: or else no split is drawn by them
         self.stage_seed = seed
         self.features: dict[str, StoredFeatures] = {}
         self.steps_per_batch = 1  # of stored features in training: see `training.steps`
@@ -123,9 +129,10 @@ class TransferDataModule(L.LightningDataModule):
             self.classes = self.recorded.classes
             splits, self.changes = self.recorded.find(loaded)
         else:
-            self.classes, splits = loaded.classes, self.draw_splits(loaded)
-        if self.sampling == "balanced" and splits["train"].targets is not None:
-            raise ValueError("data.sampling=balanced needs classes, and this data has none")
+            self.classes = loaded.classes
+            splits = self.draw_splits(loaded, stratified=self.sees_labels)
+        if self.sampling in ("balanced", "hard") and splits["train"].targets is not None:
+            raise ValueError(f"data.sampling={self.sampling} needs classes, and this data has none")
         images = self.epoch_images or len(splits["train"])
         self.batch_size = self.batch_size or batch_size_for(max(1, images // self.processes))
         if self.recorded is None and self.batch_size > images:
@@ -180,6 +187,7 @@ class TransferDataModule(L.LightningDataModule):
             self.batch_size if train else self.eval_batch_size,
             shuffle=train,
             labels=self.splits[split].labels if balanced else None,
+            weights=self.weights if train and split == "train" else None,
             epoch_size=epoch_images if train else None,
             drop_last=train and (self.drop_last or like is not None),
             seed=self.stage_seed + 7_368_787 * number,
@@ -202,9 +210,10 @@ class TransferDataModule(L.LightningDataModule):
             ValueError: the data has no such split, or too few images.
         """
         if split not in self.splits:
+            hint = ": set data.target=FOLDER" if split == "target" else ""
             raise ValueError(
                 f"the task trains on {split!r}, which this data does not have: it has "
-                f"{', '.join(self.splits)}"
+                f"{', '.join(self.splits)}{hint}"
             )
         dataset: Dataset[Batch] = self.splits[split]
         trainer = self.trainer
@@ -268,11 +277,11 @@ class TransferDataModule(L.LightningDataModule):
             loaders[name] = self.loader(name, train=True, like=len(loaders[first]), number=number)
         return loaders
 
-    def val_dataloader(self) -> DataLoader[Batch] | Batches:
-        return self.loader("val", train=False)
+    def val_dataloader(self) -> list[DataLoader[Batch] | Batches]:
+        return [self.loader(split, train=False) for split in self.val_splits]
 
     def test_dataloader(self) -> DataLoader[Batch] | Batches:
-        return self.loader("test", train=False)
+        return self.loader(self.tested, train=False)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Rows to inputs, on whatever device the batch is on by now."""
@@ -292,7 +301,15 @@ class TransferDataModule(L.LightningDataModule):
         return epoch_and_first_batch(self.trainer)[0]
 
     def transform(self, batch: Batch, *, augment: bool, epoch: int = 0) -> Batch:
-        """The batch with its rows prepared; if `augment`, as the stage trains on them."""
-        if augment:
-            return self.inputs.augment(batch, self.num_classes, seed=self.stage_seed, epoch=epoch)
-        return {**batch, "input": self.inputs.prepare(batch["input"])}
+        """The batch with its rows prepared; if `augment`, as the stage trains on them, with the
+        seed and epoch of a task's own draws. Of two views both are augmented, and the same ones
+        in every validation.
+        """
+        seed = self.stage_seed if augment else 0
+        draw = partial(self.inputs.augment, batch, self.num_classes, epoch=epoch if augment else 0)
+        more = {"draw": torch.tensor([seed, epoch])} if augment else {}
+        if self.two_views:
+            more["second"] = draw(seed=seed + 2_147_483_647)["input"]
+        elif not augment:
+            return self.inputs.evaluated(batch)
+        return {**draw(seed=seed), **more}

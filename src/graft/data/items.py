@@ -111,6 +111,8 @@ class SplitRecord:
         """
         splits, changes = {}, {}
         for name, items in self.splits.items():
+            if name not in SPLITS and items.origin not in loaded.more:
+                continue  # of a target, and the run is evaluated without it
             split = loaded.named().get(items.origin, loaded.train)
             rows, gone = _find(items, split, loaded.classes, self.classes)
             kept = rows >= 0

@@ -27,6 +27,7 @@ def notes(
             "data.augment.scale crops from the central square of an image: of "
             f"{data.loaded.cut:,} that are longer one way the ends are never seen"
         )
+    yield from data.run_inputs.notes(data.loaded.cut)
     train = data.splits["train"]
     absent = sorted({*range(data.num_classes)} - {*train.labels.tolist()})
     if absent and train.targets is None:

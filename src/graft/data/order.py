@@ -25,6 +25,8 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
     `labels`: every pass over the data shows each class equally often, to within one example: those
     of rare classes come again and again, of frequent ones each pass shows others.
 
+    `weights`: every pass shows each example as often as its weight says, to within one time.
+
     An epoch may also be longer or shorter than the data (`epoch_size`): it is then the next so many
     of an endless row of such permutations. Where it comes back to an example, the position has
     `size` added once more: the same image, and to augmentation a draw of its own.
@@ -44,6 +46,7 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
         *,
         shuffle: bool = False,
         labels: NDArray[np.int64] | None = None,
+        weights: NDArray[np.float64] | None = None,
         epoch_size: int | None = None,
         drop_last: bool = False,
         seed: int = 0,
@@ -56,6 +59,7 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.labels = labels
+        self.weights = weights
         self.epoch_size = size if epoch_size is None else epoch_size
         self.drop_last = drop_last
         self.seed = seed
@@ -96,9 +100,26 @@ class BatchOrder(Sampler[NDArray[np.int64]]):
         rows: list[NDArray[np.int64]] = []
         for i in passes:
             rng = np.random.default_rng([self.seed, first + i])
-            row = rng.permutation(self.size) if self.labels is None else balanced(self.labels, rng)
+            row = self._pass(rng)
             rows.append(row + (0 if i == 0 else self.size * (1 + int(rows[-1].max()) // self.size)))
         return np.concatenate(rows)[skipped : skipped + self.epoch_size]
+
+    def _pass(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        if self.weights is not None:
+            return weighted(self.weights, rng)
+        return rng.permutation(self.size) if self.labels is None else balanced(self.labels, rng)
+
+
+def weighted(weights: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """As many positions as there are weights, in random order, each as often as its weight says,
+    to within one time (systematic resampling). Where one comes again, its position has
+    `len(weights)` added once more.
+    """
+    size = len(weights)
+    share = np.cumsum(weights) / weights.sum()
+    rows = np.searchsorted(share, (rng.random() + np.arange(size)) / size).clip(max=size - 1)
+    again = np.arange(size) - np.searchsorted(rows, rows)
+    return rng.permutation(rows + again * size)
 
 
 def balanced(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

@@ -15,6 +15,8 @@ from graft.data.subset import shots_per_class as draw_shots
 from graft.data.subset import stratified_fraction, stratified_split
 from graft.transforms.inputs import Inputs
 
+WATCHED = 2000  # images of a target by which epochs are scored without labels
+
 
 def draw_splits(
     loaded: Splits,
@@ -24,19 +26,25 @@ def draw_splits(
     seed: int,
     train_fraction: float,
     shots_per_class: int | None,
+    stratified: bool = True,
 ) -> dict[str, ImageDataset]:
     """Each split by name; those the source lacks are held out of its training images.
 
     The arguments are those of `TransferDataModule`; `seed` is its `split_seed`.
+
+    Args:
+        stratified: or else labels decide nothing.
     """
     if train_fraction != 1.0 and shots_per_class is not None:
         raise ValueError("data.train_fraction and data.shots_per_class exclude each other")
-    labels = loaded.train.labels
+    labels, classes = loaded.train.labels, loaded.classes
+    if not stratified:
+        labels, classes = np.zeros_like(labels), ["unlabelled"]
     keep = np.arange(len(labels))
     held_out: dict[str, ImageDataset] = {}
     given = {"val": loaded.val, "test": loaded.test}
     drawn_splits = [name for name, split in given.items() if split is None]
-    if short := _below(len(drawn_splits) + 1, labels, loaded.classes):
+    if short := _below(len(drawn_splits) + 1, labels, classes):
         raise ValueError(
             f"{short}: too few for train and {' and '.join(drawn_splits)}, which are drawn from "
             "the training images: add images, leave the class out, or bring splits of your own"
@@ -64,8 +72,18 @@ def draw_splits(
         keep = keep[draw_shots(labels[keep], shots_per_class, seed)]
     elif train_fraction != 1.0:
         keep = keep[stratified_fraction(labels[keep], train_fraction, seed)]
-    more = {name: ImageDataset(split) for name, split in loaded.more.items()}
+    more = {name: ImageDataset(split, _by_content(split)) for name, split in loaded.more.items()}
+    if target := more.get("target"):
+        watched = np.random.default_rng(0).permutation(len(target))[:WATCHED]
+        more["val_target"] = ImageDataset(target.split, target.rows[np.sort(watched)])
     return {"train": ImageDataset(loaded.train, keep), **held_out, **more}
+
+
+def _by_content(split: Split) -> np.ndarray | None:
+    """Of images without labels, an order that no class folder they may lie in decides."""
+    if split.digests is None or (split.labels >= 0).any():
+        return None
+    return np.argsort(split.digests, kind="stable")
 
 
 def _below(least: int, labels: np.ndarray, classes: list[str]) -> str:

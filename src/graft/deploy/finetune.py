@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shlex
 import signal
 import threading
 import warnings
@@ -15,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graft.config.job import Job, compose_job
-from graft.config.overrides import PATHS, config_folders, path_of, place, quoted
+from graft.config.job import Job, compose_job, data_overrides
 from graft.config.overrides import config_dir as searching
-from graft.config.resolved import CONFIGS
-from graft.config.words import did_you_mean
+from graft.config.overrides import quoted, typed
 
 if TYPE_CHECKING:
     from graft.deploy.model import Deployed
@@ -77,7 +74,7 @@ def finetune(
     """
     own = searching("" if config_dir is None else str(config_dir), option="config_dir=")
     command = [
-        *_of_data(data, own),
+        *data_overrides(data, own),
         f"backbone={backbone}",
         f"transfer={plan}",
         *(f"{group}={name}" for group, name in (("head", head), ("task", task)) if name),
@@ -106,18 +103,6 @@ def finetune(
     return Run(path, metrics)
 
 
-def _of_data(data: str | Path, own: Sequence[str]) -> list[str]:
-    folders = [CONFIGS, *config_folders(own)]
-    names = {path.stem for folder in folders for path in (folder / "data").glob("*.yaml")}
-    known = sorted(names - {"base"})
-    if isinstance(data, str) and data in known:
-        return [f"data={data}"]
-    if place(data).is_dir():
-        return ["data=image_folder", quoted("data.root", str(data))]
-    hint = did_you_mean(str(data), known) or f"; configs of data: {', '.join(known)}"
-    raise ValueError(f"data={data}: neither a folder nor a config of data{hint}")
-
-
 def _require_one_device(job: Job) -> None:
     """Further devices are further processes, each of which would run the user's whole script."""
     trainer = job.config["trainer"]
@@ -126,14 +111,8 @@ def _require_one_device(job: Job) -> None:
     if count not in (1, "1") or trainer["num_nodes"] != 1:
         raise ValueError(
             f"trainer.devices={devices}, num_nodes={trainer['num_nodes']}: from Python a run takes "
-            f"one device; on several, type: graft train {' '.join(map(_typed, job.overrides))}"
+            f"one device; on several, type: graft train {' '.join(map(typed, job.overrides))}"
         )
-
-
-def _typed(override: str) -> str:
-    """As it is typed in a shell; the command quotes paths for Hydra itself."""
-    key = override.partition("=")[0]
-    return shlex.quote(f"{key}={path_of(override)}" if PATHS.fullmatch(key) else override)
 
 
 @contextmanager

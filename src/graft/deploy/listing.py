@@ -6,11 +6,17 @@ import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 from graft.data.sources.walk import is_image_name, is_junk, walk
 
 LIST = "-"  # the argument that stands for paths on standard input
+
+
+def takes_texts(model: Path) -> bool:
+    """Whether it is a run folder whose model takes texts."""
+    return (model / "tokenizer.json").is_file() and (model / "run.json").is_file()
 
 
 class Paths:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from graft.deploy.spec import Spec, Threads
 from graft.evaluation.evaluator import restore
 from graft.features.prefix import FrozenPrefix, single_thread
 from graft.models.backbone import Backbone
+from graft.plan.stage import Stage
 from graft.runs.open import checkpoint_path, read_checkpoint, read_run
 from graft.storage.run_json import read_record
 from graft.tasks.base import Task
+from graft.tasks.pretraining import require_outputs
 from graft.training.build import build_backbone, build_module
+from graft.training.module import TransferModule
 from graft.transforms.prepare import Prepare
-from graft.transforms.preprocessing import stored_form
+from graft.transforms.preprocessing import Preprocessing, stored_form
 
 
 class Deployed(nn.Module, PythonModel):
@@ -90,6 +94,35 @@ class Deployed(nn.Module, PythonModel):
             torch.set_num_threads(threads)  # part of the setting is the whole process's
 
 
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run's module with the weights of a checkpoint, and what that says of itself."""
+
+    module: TransferModule
+    config: dict[str, Any]
+    stage: Stage
+    path: Path
+    note: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.note["classes"]
+
+
+def open_run(run: Path, ckpt: str) -> OpenedRun:
+    """See `load`."""
+    config, status = read_run(run)
+    path = checkpoint_path(run, config, status, ckpt)
+    checkpoint = read_checkpoint(path)
+    note = checkpoint["graft"]
+    backbone = build_backbone(
+        config["backbone"], pretrained=False, recorded=note.get("preprocessing")
+    )
+    module = build_module(config, backbone, len(note["classes"]))
+    stage, _ = restore(module, config, checkpoint, path)
+    return OpenedRun(module, config, stage, path, note)
+
+
 def load(
     run: str | Path, ckpt: str = "best", *, mirror: bool = False, device: str | None = None
 ) -> Deployed:
@@ -105,32 +138,28 @@ def load(
         ValueError: no run folder, one that names code of others (see `graft eval --trust`), or an
             unusable checkpoint.
     """
-    run = Path(run)
-    config, status = read_run(run)
-    path = checkpoint_path(run, config, status, ckpt)
-    checkpoint = read_checkpoint(path)
-    note = checkpoint["graft"]
-    backbone = build_backbone(config["backbone"], pretrained=False)
-    if note.get("preprocessing") is not None:
-        backbone.preprocessing = backbone.preprocessing.with_own(note["preprocessing"])
-    module = build_module(config, backbone, len(note["classes"]))
-    stage, _ = restore(module, config, checkpoint, path)
+    opened = open_run(Path(run), ckpt)
+    module, config, stage = opened.module, opened.config, opened.stage
+    backbone = module.backbone
+    if not isinstance(backbone.preprocessing, Preprocessing):
+        raise ValueError(f"{run} was trained on texts: only graft predict {run} --text knows them")
+    require_outputs(module.task, Path(run))
     backbone.mirror |= mirror
     data = config["data"]
     own = backbone.preprocessing.at(data.get("image_size"), data.get("resize_size"))
     sizes = [s["image_size"] for s in config["transfer"]["stages"].values() if s.get("image_size")]
     stored = stored_form(own, sizes)
-    recorded = SplitRecord.read(run)
+    recorded = SplitRecord.read(Path(run))
     # Where a stage resizes again what was stored resized, a small image has to go both ways.
     native = recorded is None or max(recorded.splits["train"].side) < stored.resize_size
     spec = Spec(
-        classes=note["classes"],
+        classes=opened.classes,
         output_kind=module.task.output_kind,
         stored=stored,
         preprocessing=own.at(stage.image_size),
         keeps_small=native or own.at(stage.image_size).resize_size == stored.resize_size,
-        reading=_reading(data["source"], note.get("value_range")),
-        provenance=_provenance(run, path, note["stage"]),
+        reading=_reading(data["source"], opened.note.get("value_range")),
+        provenance=_provenance(Path(run), opened.path, opened.note["stage"]),
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Deployed(spec, module.backbone, module.head, module.task).to(device)

@@ -11,12 +11,15 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from graft.deploy.predict import Row
 from graft.deploy.spec import Spec
+
+if TYPE_CHECKING:
+    from graft.deploy.texts import TextSpec
 
 THRESHOLD = 0.5  # of the labels that are predicted
 BETWEEN_LABELS = "|"  # in CSV
@@ -24,17 +27,19 @@ ROW_GROUP = 1 << 20  # numbers in memory before a part of a Parquet file is writ
 
 
 class Columns:
-    """The columns of a row: `path`, what is predicted, `error`, and all numbers.
+    """The columns of a row: `path` (or `text`), what is predicted, `error`, and all numbers.
 
     Attributes:
         names: of all; those from `wide` on are the numbers: `p_CLASS`, `predicted_NUMBER` or `f0`,
             `f1`, ...
     """
 
-    def __init__(self, spec: Spec, top: int = 0, features: int = 0) -> None:
+    def __init__(
+        self, spec: Spec | TextSpec, top: int = 0, features: int = 0, first: str = "path"
+    ) -> None:
         self.spec, self.features = spec, features
         self.top = 0 if features or spec.output_kind == "numbers" else min(top, len(spec.classes))
-        self.names = ["path", *self._summary(), "error"]
+        self.names = [first, *self._summary(), "error"]
         for place in range(1, self.top + 1):
             self.names += [f"top{place}", f"top{place}_p"]
         self.wide = len(self.names)

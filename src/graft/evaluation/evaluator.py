@@ -17,15 +17,17 @@ import torch
 from graft.data.datamodule import TransferDataModule
 from graft.data.datasets import Batch, ImageDataset
 from graft.data.items import SplitRecord
+from graft.data.sources.shifted import corrupted
 from graft.data.subset import stratified_fraction
-from graft.evaluation.adapt import Tent, estimate_statistics, kept, require_batch_norms
-from graft.evaluation.corruptions import CorruptedImages
+from graft.evaluation.adapt import Tent, kept
+from graft.evaluation.mixed import MixedImages
 from graft.features.store import FeatureStore
 from graft.models.weights import check_finite, load_state
 from graft.plan.stage import Stage
 from graft.reporting import report
 from graft.reporting.collect import Collect, Outputs
 from graft.tasks.scores import Predictions, scores
+from graft.training.adabn import estimate_statistics, require_batch_norms
 from graft.training.build import build, build_stages
 from graft.training.module import TransferModule
 from graft.training.run_stages import StartStage
@@ -117,7 +119,7 @@ class Evaluator:
         Raises:
             ValueError: it has no BatchNorm to adapt.
         """
-        require_batch_norms(self.module.backbone, str(self.adapt))
+        require_batch_norms(self.module.backbone, f"--adapt {self.adapt}")
         gpu = self.options["accelerator"] != "cpu" and torch.cuda.is_available()
         module = self.module.to("cuda" if gpu else "cpu").eval()
         self.datamodule.start_stage(self.index, augment=False, image_size=self.stage.image_size)
@@ -164,14 +166,27 @@ class Evaluator:
         return collect
 
     def corruptions(
-        self, test: ImageDataset, names: Sequence[str], severities: Sequence[int]
+        self,
+        test: ImageDataset,
+        names: Sequence[str],
+        severities: Sequence[int],
+        *,
+        mixed: bool = False,
     ) -> dict[str, dict[int, dict[str, float]]]:
-        """Scores by name of the corruption and severity."""
+        """Scores by name of the corruption and severity; the corrupted images stay in the cache.
+
+        Args:
+            mixed: all corruptions of a severity as one shuffled set of images, in place of each.
+        """
         found: dict[str, dict[int, dict[str, float]]] = {}
-        for name in names:
+        for name in ["mixed"] if mixed else names:
             started, found[name] = time.perf_counter(), {}
             for severity in severities:
-                images = CorruptedImages(test, name, severity)
+                parts = [
+                    corrupted(test, one, severity, self.cache)
+                    for one in (names if mixed else [name])
+                ]
+                images = MixedImages(parts) if mixed else parts[0]
                 predictions = (
                     self.adapted_predictions(images)
                     if self.adapt

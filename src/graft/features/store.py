@@ -166,7 +166,7 @@ class FeatureStore:
         about = {
             "backbone": backbone.description or "a backbone",
             "blocks": f"{self.cut} of {len(backbone.blocks)}",
-            "rows": f"{plural(len(data.splits[split]), 'image')} of {split}, "
+            "rows": f"{plural(len(data.splits[split]), data.inputs.rows[:-1])} of {split}, "
             f"{plural(views_count(views), 'view')}",
             "input": f"{data.inputs.size} {data.inputs.unit}",
         }
@@ -183,7 +183,8 @@ class FeatureStore:
             entry.fill(self._extractor(split).rows, self.progress)
             seconds = time.perf_counter() - started
             images = missing / len(entry.shards) * entry.rows
-            self.tell(f"features  {split}: {seconds:.1f} s, {images / seconds:.0f} images/s")
+            rate = f"{images / seconds:.0f} {self.datamodule.inputs.rows}/s"
+            self.tell(f"features  {split}: {seconds:.1f} s, {rate}")
         else:
             self.tell(f"features  {split}: stored already, {readable(entry.bytes)}")
             mark_used(entry.path / "about.json")

@@ -62,7 +62,8 @@ class Backbone(nn.Module):
             that hold parameters (a bare pooling would repeat the block before it); None takes the
             last block's output alone. Taps give a linear probe the earlier blocks too, for the
             same forward pass. Blocks above the highest tap are left out: no output needs them.
-        pool: turns a block's output into (N, C); differs for token and channels-last families.
+        pool: turns a block's output into (N, C); differs for token and channels-last families,
+            and takes a tuple where a block passes one on.
         channels_last: whether that memory format is the fast one here (convolutions).
         example: an input that measures `num_features`; None: a blank image.
         description: architecture and weights, for the start-up summary.
@@ -87,7 +88,7 @@ class Backbone(nn.Module):
         preprocessing: Any,
         *,
         taps: Sequence[str] | str | None = None,
-        pool: Callable[[Tensor], Tensor] = pool_nchw,
+        pool: Callable[[Any], Tensor] = pool_nchw,
         channels_last: bool = True,
         example: Any = None,
         description: str = "",
@@ -203,5 +204,5 @@ class Backbone(nn.Module):
         for name, block in self.blocks.named_children():
             x = block(x)
             if name in self.taps:
-                pooled.append(self.pool(x[0] if isinstance(x, tuple) else x))
+                pooled.append(self.pool(x))
         return torch.cat(pooled, dim=1)

@@ -170,6 +170,16 @@ class CosineHead(Head):
         return self.log_scale.exp() * F.linear(F.normalize(features), F.normalize(self.weight))
 
 
+class FeaturesHead(Head):
+    """Passes the features on: for a task that has a decoder or projector of its own."""
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__(num_features)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return features
+
+
 def seeded_head(make: Callable[[int, int], Head], sizes: tuple[int, int], seed: int) -> Head:
     """`make(num_features, num_classes)` with initial weights that depend on `seed` alone.
 

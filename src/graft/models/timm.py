@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
@@ -25,6 +22,7 @@ from graft.models.backbone import (
     pool_nhwc,
     pool_tokens,
 )
+from graft.models.hub import hub
 from graft.models.weights import WeightsFile, describe_origin, load_file_into, unknown_weights
 from graft.transforms.preprocessing import CropMode, Interpolation, Preprocessing
 
@@ -184,7 +182,7 @@ def timm_backbone(
         raise unknown_weights(str(tag or weights), name, [*tags, "DEFAULT"] if tags else [])
     full_name = f"{name}.{tag}" if tag else name
     load = published and pretrained
-    with _hub(full_name, load):
+    with hub(f"timm's {full_name}", load=load):
         built: Any = timm.create_model(full_name, pretrained=load, num_classes=0, **kwargs)
     data = resolve_model_data_config(built)
     for key, known in (("interpolation", Interpolation), ("crop_mode", CropMode)):
@@ -249,35 +247,3 @@ def _pool(x: Tensor) -> Tensor:
 
 def _pool_channels_last(x: Tensor) -> Tensor:
     return pool_tokens(pool_nhwc(x))
-
-
-@contextmanager
-def _hub(model: str, pretrained: bool) -> Iterator[None]:
-    """One quick error where there is no network: the hub's client retries for 47 s by itself."""
-    if not pretrained:
-        yield
-        return
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    try:
-        if not before:
-            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-            with urllib.request.urlopen(request, timeout=5):
-                pass
-    except urllib.error.HTTPError:
-        pass  # an answer
-    except OSError:
-        constants.HF_HUB_OFFLINE = True  # what is cached still loads
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if constants.HF_HUB_OFFLINE:
-            reason = f"{constants.ENDPOINT} is out of reach and they are not in HF_HOME"
-        raise OSError(
-            f"the weights of timm's {model} could not be loaded ({reason}): download them once "
-            "where there is a network, or use backbone.weights=FILE or null"
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = before

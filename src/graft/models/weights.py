@@ -8,7 +8,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,14 @@ class WeightsFile:
 
     path: Path
     content: Mapping[str, Any]
-    preprocessing: Preprocessing | None = None
+    preprocessing: Any = None
 
     @classmethod
-    def read(cls, weights: str | Path) -> WeightsFile:
+    def read(cls, weights: str | Path, takes: type = Preprocessing) -> WeightsFile:
         """Of a file, or of the best checkpoint of a run folder of ours.
+
+        Args:
+            takes: the kind of preprocessing that the backbone has.
 
         Raises:
             ValueError: it holds no weights, or what could run code; the message says what to do.
@@ -60,8 +63,10 @@ class WeightsFile:
         if values is None:
             return cls(path, content)
         try:
-            return cls(path, content, Preprocessing(**{**values, "origin": f"as in {path}"}))
+            return cls(path, content, takes(**{**values, "origin": f"as in {path}"}))
         except (TypeError, ValueError) as error:
+            if {*values} - {f.name for f in fields(takes)}:
+                raise ValueError(f"weights: {path} is of a backbone for other inputs") from error
             raise ValueError(f"weights: {path}: its preprocessing is damaged: {error}") from error
 
 

@@ -18,7 +18,8 @@ class StageResult:
     """What a stage ends with, and a resumed run needs of it.
 
     `steps`: of the loggers' axis that it took. `head`: hyper-parameters the stage chose; `grid`:
-    scores of all its heads, if it had many.
+    scores of all its heads, if it had many. `oracle`: the best accuracy of any epoch on the
+    target's test split, if it was measured; nothing goes by it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class StageResult:
     steps: int = 0
     head: dict[str, Any] = field(default_factory=dict)
     grid: GridRecord | None = None
+    oracle: float | None = None
 
     def record(self) -> dict[str, Any]:
         """For `run.json`; the checkpoint's path is relative to it."""
@@ -37,6 +39,7 @@ class StageResult:
             "score": self.best_score,
             "steps": self.steps,
             "seconds": round(self.seconds, 1),
+            **({} if self.oracle is None else {"oracle": self.oracle}),
         }
 
     @classmethod
@@ -48,6 +51,7 @@ class StageResult:
             record["score"] if "score" in record else record["val/acc"],
             record["seconds"],
             record["steps"],
+            oracle=record.get("oracle"),
         )
 
 

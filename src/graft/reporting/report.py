@@ -40,7 +40,8 @@ def print_start(
     names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in datamodule.splits.items())
     kind = ("class", "classes") if datamodule.splits["train"].targets is None else ("target",)
-    say(f"data      {sizes} images, {plural(len(classes), *kind)} ({names})")
+    rows = datamodule.run_inputs.rows
+    say(f"data      {sizes} {rows}, {plural(len(classes), *kind)} ({names})")
     say(f"input     {datamodule.inputs.describe()}")
     say(
         f"backbone  {backbone.description or 'no weights named'}: "
@@ -159,9 +160,11 @@ class PartsBar:
 def print_result(record: Mapping[str, Any], run: Path) -> None:
     say("")
     monitor = record["config"]["task"]["monitor"]
-    for name in dict.fromkeys((monitor, monitor.replace("val/", "test/"), "test/acc")):
+    of_test = (monitor.replace("val/", "test/"), "test/acc", "test_target/acc", "oracle/acc")
+    for name in dict.fromkeys((monitor, *of_test)):
         if name in record["metrics"]:
-            say(f"{name:<9} {measured(name, record['metrics'][name])}")
+            remark = ", the target's best epoch: nothing goes by it" * (name == "oracle/acc")
+            say(f"{name:<9} {measured(name, record['metrics'][name])}{remark}")
     if "recall" in record:
         say(f"recall    {record['recall']}")
     say(f"time      {record['seconds']:.1f} s")

@@ -158,12 +158,27 @@ class LogInputs(L.Callback):
                 # Of stored features, the images they were computed from.
                 images = data.splits["train"][seen["index"].tolist()]
                 seen = {**data.transform(images, augment=True), "label": images["label"]}
-            p = data.inputs.preprocessing
-            mean, std = (torch.tensor(value)[:, None, None] for value in (p.mean, p.std))
-            pixels = (255 * (seen["input"] * std + mean)).round().clamp(0, 255).byte()
+            pixels = _pixels(seen["input"], data)
             captions = [[(line, "black") for line in lines] for lines in _labels(seen, data)]
             sheet = pictures.tiles(pixels, captions)
             _show(board, f"inputs/{self.stage}", sheet, board.step_offset)
+
+
+def _pixels(images: torch.Tensor, data: TransferDataModule) -> torch.Tensor:
+    """Normalised images -> uint8."""
+    p = data.inputs.preprocessing
+    mean, std = (torch.tensor(value)[:, None, None] for value in (p.mean, p.std))
+    return (255 * (images * std + mean)).round().clamp(0, 255).byte()
+
+
+def log_restored(
+    loggers: Sequence[Logger], data: TransferDataModule, shown: torch.Tensor, step: int
+) -> None:
+    """A picture of (N, 3, 3, H, W): images, and what a task makes of them."""
+    captions = [[(name, "black")] for name in ("image", "corrupted", "restored")] * len(shown)
+    for board in boards(loggers, images=True):
+        sheet = pictures.tiles(_pixels(shown.flatten(0, 1).float().cpu(), data), captions, 6)
+        _show(board, "val/restored", sheet, board.step_offset + step)
 
 
 def _datamodule(trainer: L.Trainer) -> TransferDataModule:

@@ -42,6 +42,7 @@ class Settings:
         mirror: evaluate the mean features of an image and its mirror image.
         corruptions: names of those to corrupt the images by; empty: all; None: none.
         severities: of these.
+        mixed: all corruptions of a severity as one shuffled set of images to adapt to.
         adapt: to the images, without their labels: "adabn", "tent", or "tent-continual", which
             goes on from one corruption to the next. The batch size then counts.
         limit: evaluate about this many images, the same part of each class.
@@ -54,6 +55,7 @@ class Settings:
     mirror: bool = False
     corruptions: Sequence[str] | None = None
     severities: Sequence[int] = (1, 2, 3, 4, 5)
+    mixed: bool = False
     adapt: str | None = None
     limit: int | None = None
     batch_size: int | None = None
@@ -65,6 +67,7 @@ class Settings:
         words += [word.rpartition("=")[2].rstrip("/").rpartition("/")[2] for word in self.data]
         words += [Path(self.ckpt).stem] if self.ckpt != "best" else []
         words += [self.adapt] if self.adapt else []
+        words += ["mixed"] if self.mixed else []
         words += ["mirror"] if self.mirror else []
         words += [f"limit{self.limit}"] if self.limit else []
         name = shortened("_".join(map(file_word, words)))
@@ -111,12 +114,13 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     file.parent.mkdir(exist_ok=True)  # before the work, not after it
 
     from graft.data.items import SplitRecord
-    from graft.evaluation.adapt import require_batch_norms
     from graft.evaluation.details import details
     from graft.evaluation.evaluator import Evaluator
     from graft.reporting import report
     from graft.runs.startup import quiet_libraries
+    from graft.tasks.pretraining import require_outputs
     from graft.tasks.scores import scores
+    from graft.training.adabn import require_batch_norms
     from graft.training.trainer import describe_device
     from graft.transforms.corruptions import CORRUPTIONS
 
@@ -131,9 +135,10 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
         read_alike(config["data"]["source"], own_source, checkpoint["graft"].get("value_range"))
     record = SplitRecord.read(run)
     evaluator = Evaluator.build(config, checkpoint, path, None if settings.data else record)
+    require_outputs(evaluator.module.task, run)
     evaluator.module.backbone.mirror |= settings.mirror
     if settings.adapt:
-        require_batch_norms(evaluator.module.backbone, settings.adapt)
+        require_batch_norms(evaluator.module.backbone, f"--adapt {settings.adapt}")
         evaluator.adapt, _, continual = settings.adapt.partition("-")
         evaluator.continual = bool(continual)
     datamodule = evaluator.datamodule
@@ -144,7 +149,7 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     where = settings.data[0] if settings.data else "the run's own test split"
     report.say(f"run       {run}" + (f" (status {status})" if status != "done" else ""))
     report.say(f"weights   {path.name} of stage {stage}, epoch {epoch}")
-    report.say(f"data      {where}: {plural(len(test), 'image')}")
+    report.say(f"data      {where}: {plural(len(test), datamodule.run_inputs.rows[:-1])}")
     said = [*notes(datamodule, record, other=bool(settings.data))]
     for note in said:
         report.say(f"note      {note}")
@@ -167,7 +172,10 @@ def evaluate(run: Path, settings: Settings = Settings()) -> dict[str, Any]:
     elif settings.corruptions is not None:
         result["metrics"] = scores(evaluator.predictions(test), datamodule.num_classes)
         found = evaluator.corruptions(
-            test, settings.corruptions or [*CORRUPTIONS], settings.severities
+            test,
+            settings.corruptions or [*CORRUPTIONS],
+            settings.severities,
+            mixed=settings.mixed,
         )
         accuracies = [values["acc"] for rows in found.values() for values in rows.values()]
         result |= {"corruptions": found, "mean_acc": float(np.mean(accuracies))}

@@ -124,9 +124,11 @@ def train(
     from graft.storage.digests import weights_digest
     from graft.storage.disk import write_atomically
     from graft.tasks.scores import Predictions, lowest_recall
+    from graft.training.adabn import require_batch_norms
     from graft.training.build import build, build_stages, check_arguments, check_optimizers
     from graft.training.last_checkpoint import LastCheckpoint
     from graft.training.run_stages import StartStage, run_stages
+    from graft.training.sampling import describe_weights, weigh
     from graft.training.trainer import (
         compile_blocks,
         describe_device,
@@ -146,10 +148,17 @@ def train(
             "the data is not what this run has trained on: "
             f"{'; '.join(datamodule.changes.values())}: put it back, or start a new run"
         )
+    for stage in stages:
+        if stage.adabn:
+            require_batch_norms(module.backbone, f"transfer.stages.{stage.name}.adabn")
     train_split = datamodule.splits["train"]
     learnt = train_split.labels if train_split.targets is None else train_split.targets
     module.task.prepare(learnt, datamodule.classes)
-    datamodule.streams = module.task.streams
+    datamodule.streams, datamodule.two_views = module.task.streams, module.task.two_views
+    if module.task.classifies and "val_target" in datamodule.splits:
+        datamodule.val_splits += ["val_target"]
+    if config["data"].get("oracle"):
+        datamodule.val_splits += ["test_target"]
     if config["trainer"]["compile"]:
         compile_blocks(module.backbone, config["trainer"]["compile"])
     path = folder.path if folder is not None else Path("unused-on-other-ranks")
@@ -193,6 +202,8 @@ def train(
         device = describe_device(options)
         record = datamodule.record()
         write_atomically(path / SPLITS_FILE, record.packed())
+        for name, content in datamodule.run_inputs.files().items():
+            write_atomically(path / name, content)
         train_images = len(datamodule.splits["train"])
         folder.update(device=device, train_images=train_images, data=record.summary())
         report.print_start(module.backbone, module.head, datamodule, device, path)
@@ -223,6 +234,10 @@ def train(
         tell=report.say,
         progress=report.PartsBar(),
     )
+    if datamodule.sampling in ("importance", "hard"):
+        where = torch.device("cpu" if options["accelerator"] == "cpu" else "cuda")
+        datamodule.weights = weigh(module, datamodule, stages[0], new_store, where)
+        report.say("note: " + describe_weights(datamodule.sampling, datamodule.weights))
     results = run_stages(
         module,
         datamodule,
@@ -240,14 +255,27 @@ def train(
         on_stage=announce,
         on_result=conclude,
     )
-    start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
-    collect = Collect(tensorboard.EMBEDDED if tensorboard.shows_images(config["logger"]) else 0)
-    trainer = new_trainer(stages[-1], [start, collect])
-    tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
-    tested = {key: float(value) for key, value in tested.items()}
-    if folder is not None and module.task.classifies:
-        recall = lowest_recall(Predictions.joined(collect.parts), datamodule.classes)
-        folder.update(recall=recall)
-    pictured = [collect] if module.task.classifies else []
+
+    def test(split: str, *callbacks: L.Callback) -> dict[str, float]:
+        datamodule.tested = split
+        start = StartStage(stages[-1], len(stages) - 1, datamodule, new_store)
+        trainer = new_trainer(stages[-1], [start, *callbacks])
+        (metrics,) = trainer.test(module, datamodule=datamodule, verbose=False)
+        return {key: float(value) for key, value in metrics.items()}
+
+    tested: dict[str, float] = {}
+    pictured: list[Collect] = []
+    if options["limit_test_batches"] != 0 and not module.task.pretrains:  # the encoder counts
+        if "test_target" in datamodule.splits:
+            tested |= test("test_target")
+        if (oracle := results[-1].oracle) is not None:
+            tested["oracle/acc"] = oracle
+        collect = Collect(tensorboard.EMBEDDED if tensorboard.shows_images(config["logger"]) else 0)
+        tested |= test("test", collect)
+        if module.task.classifies:
+            pictured.append(collect)
+            if folder is not None:
+                predictions = Predictions.joined(collect.parts)
+                folder.update(recall=lowest_recall(predictions, datamodule.classes))
     tensorboard.log_end(loggers, module.task.monitor, datamodule, pictured, results)
     return {module.task.monitor: results[-1].best_score, **tested}, module

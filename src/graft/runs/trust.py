@@ -135,7 +135,7 @@ def _kinds() -> list[tuple[str, str, Callable[[Any], bool]]]:
         (r"task", "a Task", _is_a(Task)),
         (r"task\.metrics\.[^.]+", "a metric of torchmetrics", _is_a(Metric)),
         (r"data", "a TransferDataModule", _is_a(TransferDataModule)),
-        (r"data\.source", "a Source", _is_a(Source)),
+        (r"data\.(target\.)?source", "a Source", _is_a(Source)),
         (r"data\.augment", "an Augment", _is_a(Augment)),
         (r"(.+\.)?optimizer", "an optimizer of torch", _is_a(Optimizer)),
         (r"(.+\.)?scheduler", "a function (step, total, ...)", _is_schedule),

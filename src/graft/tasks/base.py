@@ -16,6 +16,7 @@ from graft.models.backbone import Backbone
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+OutputKind = Literal["classes", "labels", "numbers"]
 Reduce = Callable[[Tensor], Tensor]  # the sum over ranks
 
 
@@ -24,6 +25,16 @@ class Model(Protocol):
 
     @property
     def backbone(self) -> Backbone: ...
+
+    @property
+    def head(self) -> nn.Module: ...
+
+    @property
+    def progress(self) -> float:
+        """Which part of the stage's steps is done: from 0 to 1."""
+
+    def features(self, batch: Batch) -> Tensor:
+        """(N, num_features) what the head is given."""
 
     def outputs(self, batch: Batch) -> Tensor:
         """(N, num_outputs) outputs of the head, or (N, K, num_outputs) of K heads."""
@@ -62,6 +73,9 @@ class Task(nn.Module, ABC):
         streams: splits of the data that a training batch holds. Of "train" alone, `loss` is called
             with its batch; of several, with a batch for each: batch["train"], batch["target"].
         classifies: whether outputs are logits of classes, so that a test shows its mistakes.
+        two_views: whether a batch has a second augmentation of its images, batch["second"].
+        pretrains: whether the task is self-supervised: it sees no label, its encoder is kept with
+            BatchNorm statistics of clean images, and there is no test.
         output_kind: of what `predicted` gives: probabilities of "classes" that exclude each other,
             of "labels" that do not, or "numbers".
 
@@ -77,7 +91,9 @@ class Task(nn.Module, ABC):
 
     streams: tuple[str, ...] = ("train",)
     classifies = False
-    output_kind: Literal["classes", "labels", "numbers"] = "numbers"
+    two_views = False
+    pretrains = False
+    output_kind: OutputKind = "numbers"
 
     def __init__(
         self, *, monitor: str, mode: str, metrics: Mapping[str, Metric] | None = None
@@ -88,8 +104,8 @@ class Task(nn.Module, ABC):
         self.monitor, self.mode = monitor, mode
         self.own_metrics = nn.ModuleDict(dict(metrics or {}))
 
-    def build(self, num_outputs: int) -> None:
-        """Make what depends on the number of outputs, before weights are loaded."""
+    def build(self, num_outputs: int, backbone: Backbone) -> None:
+        """Make what depends on the number of outputs or the backbone, before weights are loaded."""
 
     def prepare(self, labels: NDArray[Any], classes: Sequence[str]) -> None:
         """Look at the training labels (N,) or targets (N, T), once before training.
@@ -149,6 +165,9 @@ class _Known:
     """A model whose outputs are there already."""
 
     backbone: Any = None
+    head: Any = None
+    progress: Any = None
+    features: Any = None
 
     def __init__(self, outputs: Tensor) -> None:
         self._outputs = outputs

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graft.data.datasets import Batch
+from graft.models.backbone import Backbone
 from graft.tasks.base import Model, Tally, Task, as_wide
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Regression(Task):
             raise ValueError(f"task.loss={loss}: must be one of {', '.join(LOSSES)}")
         self.kind = loss
 
-    def build(self, num_outputs: int) -> None:
+    def build(self, num_outputs: int, backbone: Backbone) -> None:
         self.register_buffer("mean", torch.zeros(num_outputs))
         self.register_buffer("std", torch.ones(num_outputs))
 

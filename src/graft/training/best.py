@@ -23,6 +23,7 @@ class Best(L.Callback):
         self.path, self.monitor = path, monitor
         self.sign = 1 if mode == "max" else -1
         self.best: tuple[float, float] | None = None  # larger is better: score, minus the loss
+        self.oracle: float | None = None  # the best accuracy on a target's test split, for a table
 
     @property
     def score(self) -> float | None:
@@ -40,6 +41,8 @@ class Best(L.Callback):
                 f"task.monitor={self.monitor}: there is no such metric; validation gives "
                 f"{', '.join(name for name in metrics if name.startswith('val/'))}"
             )
+        if "oracle/acc" in metrics:
+            self.oracle = max(self.oracle or 0.0, float(metrics["oracle/acc"]))
         loss = float(metrics["val/loss"]) if "val/loss" in metrics else math.inf
         now = (self.sign * float(metrics[self.monitor]), -loss)
         if self.best is None or now > self.best:
@@ -47,10 +50,12 @@ class Best(L.Callback):
             trainer.save_checkpoint(self.path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": None if self.best is None else list(self.best)}
+        best = None if self.best is None else list(self.best)
+        return {"best": best} if self.oracle is None else {"best": best, "oracle": self.oracle}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = None if state_dict["best"] is None else tuple(state_dict["best"])
+        self.oracle = state_dict.get("oracle")
 
 
 def state_of_format_2(checkpoint: dict[str, Any]) -> dict[str, Any] | None:

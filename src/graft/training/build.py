@@ -17,6 +17,7 @@ from graft.config.renamed import current_name
 from graft.data.datamodule import TransferDataModule
 from graft.data.items import SplitRecord
 from graft.data.sources.base import Source
+from graft.data.sources.target import build_source
 from graft.models.backbone import Backbone
 from graft.models.heads import Head, seeded_head
 from graft.plan.grid import Grid
@@ -42,12 +43,10 @@ def build(
         classes: those of the run, where the data may have a part of them, or another order.
         preprocessing: that of the checkpoint, which may have it from weights that are gone.
     """
-    backbone = build_backbone(config["backbone"], pretrained=pretrained)
-    if preprocessing is not None:
-        backbone.preprocessing = backbone.preprocessing.with_own(preprocessing)
+    backbone = build_backbone(config["backbone"], pretrained=pretrained, recorded=preprocessing)
     # `root` is in the group for the command line; only the source takes it.
-    data = {key: value for key, value in config["data"].items() if key != "root"}
-    source = make(data.pop("source"))
+    data = {k: v for k, v in config["data"].items() if k not in ("source", *TAKEN_OUT["data"])}
+    source: Any = build_source(config["data"], config["paths"]["cache"])
     own = {key: data.pop(key) for key in inputs_options(source) if key in data}
     if not isinstance(backbone.preprocessing, source.inputs.takes):
         raise ValueError(
@@ -67,6 +66,7 @@ def build(
         recorded=recorded,
     )
     datamodule.processes = processes(config["trainer"])
+    datamodule.sees_labels = not getattr(find(config["task"]["_target_"]), "pretrains", False)
     datamodule.prepare_data()
     datamodule.setup()
     if classes is not None:
@@ -84,7 +84,7 @@ def build_module(config: dict[str, Any], backbone: Backbone, num_outputs: int) -
     backbone.mirror = config["mirror"]
     head = seeded_head(bind_head(config), (backbone.num_features, num_outputs), head_seed(config))
     task = make(config["task"])
-    task.build(num_outputs)
+    task.build(num_outputs, backbone)
     return TransferModule(backbone, head, task)
 
 
@@ -104,7 +104,7 @@ def inputs_options(source: Any) -> list[str]:
 
 
 TAKEN_OUT = {  # before a class is called
-    "data": ("root",),
+    "data": ("root", "shift", "severity", "target", "oracle"),
     "head": ("num_classes", "seed", "grid"),
     "backbone": ("preprocessing",),
 }
@@ -160,17 +160,29 @@ def _import_problem(name: str) -> str:
     return f"{package} is there, and importing that of it fails"
 
 
-def build_backbone(config: dict[str, Any], *, pretrained: bool = True) -> Backbone:
+def build_backbone(
+    config: dict[str, Any],
+    *,
+    pretrained: bool = True,
+    recorded: Mapping[str, Any] | None = None,
+) -> Backbone:
     """Without `pretrained`, a backbone that can do without its weights neither downloads nor reads
     them; its preprocessing stays theirs.
+
+    Args:
+        recorded: the preprocessing in a checkpoint that is loaded next. A backbone whose
+            architecture is part of it is built from that.
     """
     builder = bind({key: value for key, value in config.items() if key != "preprocessing"})
-    if not pretrained and "pretrained" in inspect.signature(builder).parameters:
-        backbone = builder(pretrained=False)
-    else:
-        backbone = builder()
-    own = config.get("preprocessing") or {}
-    backbone.preprocessing = backbone.preprocessing.with_own(own)
+    takes = inspect.signature(builder).parameters
+    options: dict[str, Any] = {}
+    if not pretrained and "pretrained" in takes:
+        options["pretrained"] = False
+    if recorded is not None and "recorded" in takes:
+        options["recorded"] = recorded
+    backbone = builder(**options)
+    for own in (config.get("preprocessing"), recorded):
+        backbone.preprocessing = backbone.preprocessing.with_own(own or {})
     return backbone
 
 

@@ -31,6 +31,7 @@ from graft.plan.lora import add_adapters, merge_adapters
 from graft.plan.param_groups import param_groups
 from graft.plan.stage import Stage
 from graft.tasks.base import Tally, Task
+from graft.tasks.label_free import label_free
 from graft.training.grid import GridFit
 from graft.training.per_head import PerHead, grid_groups
 from graft.training.steps import mean_of_heads, take_steps
@@ -50,7 +51,11 @@ class TransferModule(L.LightningModule):
         self.task = task
         if backbone.channels_last:
             self.backbone.to(memory_format=torch.channels_last)
-        self.trained, self.evaluated = Tally(), Tally()  # of the epoch
+        # Of the epoch; `unlabelled` are outputs for images of a target.
+        self.trained, self.evaluated, self.oracle = Tally(), Tally(), Tally()
+        self.unlabelled: list[Tensor] = []
+        self.val_splits: Sequence[str] = ("val",)
+        self.tested = "test"  # the split
         self.stage: Stage | None = None
         self.learning: Sequence[str] = ()
         self.cut = len(backbone.blocks)
@@ -58,6 +63,7 @@ class TransferModule(L.LightningModule):
         self.pretrained: dict[str, Tensor] = {}  # of the backbone, for stages with l2_sp
         self.checkpoint_note: dict[str, Any] = {}
         self.steps_per_epoch = 0  # where a batch is of several
+        self.total_steps = 0  # of the stage
 
     def start_stage(self, stage: Stage) -> None:
         """Freeze what the stage does not train; `cut` becomes the first learning block.
@@ -121,11 +127,20 @@ class TransferModule(L.LightningModule):
         """What `Inputs.prepare` gives -> (N, num_classes) logits."""
         return self.head(self.backbone(inputs))
 
+    def features(self, batch: Batch) -> Tensor:
+        """(N, num_features), of inputs or of what is stored."""
+        if "features" in batch:
+            return self.backbone.forward_from(self.cut, batch["features"])
+        return self.backbone(batch["input"])
+
     def outputs(self, batch: Batch) -> Tensor:
         """Of the head, for inputs or stored features."""
-        if "features" in batch:
-            return self.head(self.backbone.forward_from(self.cut, batch["features"]))
-        return self(batch["input"])
+        return self.head(self.features(batch))
+
+    @property
+    def progress(self) -> float:
+        """Which part of the stage's steps is done: from 0 to 1."""
+        return min(1.0, self.trainer.global_step / max(1, self.total_steps))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if isinstance(batch, Steps):
@@ -178,8 +193,17 @@ class TransferModule(L.LightningModule):
         away = torch._foreach_sub([p.detach() for p in learning.values()], start)
         torch._foreach_add_(gradients, away, alpha=self.stage.l2_sp)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.task.evaluate(self, batch, self.evaluated)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        split = self.val_splits[dataloader_idx]
+        if split == "val":
+            self.task.evaluate(self, batch, self.evaluated)
+            return
+        outputs = self.outputs(batch)
+        if split == "val_target":
+            self.unlabelled.append(outputs)
+        else:
+            hits = outputs.argmax(-1).movedim(0, -1) == batch["label"]
+            self.oracle.add(right=hits.sum(-1), images=len(batch["label"]))
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.task.evaluate(self, batch, self.evaluated)
@@ -204,11 +228,26 @@ class TransferModule(L.LightningModule):
                 )
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics(self._evaluation("test"))
+        self._log_metrics(self._evaluation(self.tested))
 
     def _evaluation(self, split: str = "val") -> dict[str, Tensor]:
         metrics = self.task.metrics(self._taken(self.evaluated)) | self.task.own_values()
-        return {f"{split}/{name}": value for name, value in metrics.items()}
+        if self.unlabelled:
+            metrics |= label_free(self._gathered(torch.cat(self.unlabelled)))
+            self.unlabelled = []
+        found = {f"{split}/{name}": value for name, value in metrics.items()}
+        if self.oracle.sums:
+            sums = self._taken(self.oracle)
+            found["oracle/acc"] = sums["right"] / sums["images"]
+        return found
+
+    def _gathered(self, outputs: Tensor) -> Tensor:
+        """Those of all ranks, which may have unequal numbers."""
+        if self.trainer.world_size == 1:
+            return outputs
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, outputs.cpu())
+        return torch.cat(parts).to(self.device)
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
         # Every rank has the same values: they are computed over all.
@@ -228,7 +267,7 @@ class TransferModule(L.LightningModule):
         """Means and variances of the BatchNorms that learn: between validations each rank's own."""
         if self.stage is None:
             return []
-        moving: list[nn.Module] = [self.head]
+        moving: list[nn.Module] = [self.head, self.task]
         if self.stage.norm in MOVING:
             moving += [self.backbone.blocks.get_submodule(name) for name in self.learning]
         norms = [norm for module in moving for norm in batch_norms(module)]
@@ -247,6 +286,7 @@ class TransferModule(L.LightningModule):
         if self.grid is not None:
             optimizer = PerHead(optimizer)
         total = self.steps_per_epoch * stage.epochs or int(self.trainer.estimated_stepping_batches)
+        self.total_steps = total
         scheduler = LambdaLR(optimizer, lambda step: stage.schedule(step, total))
         return {
             "optimizer": optimizer,

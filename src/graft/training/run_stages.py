@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import lightning as L
+import numpy as np
 import torch
 
 from graft.features.store import FeatureStore
 from graft.models.heads import Standardize
+from graft.plan.freeze import MOVING
 from graft.plan.results import BEST, LAST, Resumed, StageResult
 from graft.plan.stage import Stage
 from graft.reporting.loggers import advance
 from graft.storage.stored import StoredFeatures
+from graft.training.adabn import estimate_statistics
 from graft.training.best import Best
 from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
 from graft.training.ema import EMA
 from graft.training.last_checkpoint import LastCheckpoint, explain_restoring, restoring
+from graft.training.probe import watching
 from graft.training.solvers import Solve
 from graft.training.trainer import steps_per_batch
 from graft.transforms.draws import sample_seed
@@ -32,7 +36,8 @@ NewStore = Callable[..., FeatureStore]
 SMALL_STEP = 1e9
 """FLOP below which a step on stored features runs on one thread: to split it gains little, and on
 a busy machine each of its barriers waits for a core (measured: 10 times slower)."""
-
+CLEAN_PIXELS = 2**24
+"""Of the images that BatchNorm statistics are estimated on: 16,384 at 32 px, 334 at 224 px."""
 
 MakeTrainer = Callable[[Stage, list[L.Callback]], L.Trainer]
 
@@ -99,7 +104,8 @@ def _fit(
 ) -> StageResult:
     best = Best(last.folder / BEST, module.task.monitor, module.task.mode)
     average = [EMA(stage.ema)] if stage.ema else []
-    trainer = make_trainer(stage, [last, best, start, *average])
+    watch = watching(module.task, datamodule)
+    trainer = make_trainer(stage, [last, best, start, *average, *watch])
     if checkpoint is not None:
         explain_restoring(trainer, checkpoint)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -108,13 +114,18 @@ def _fit(
     if best.score is None:
         raise RuntimeError(f"stage {stage.name} ended without a checkpoint")
     result = StageResult(stage.name, best.path, best.score, steps=trainer.global_step)
-    _keep_best(module, stage, trainer, result)
+    result.oracle = best.oracle
+    _keep_best(module, datamodule, stage, trainer, result)
     advance(trainer.loggers, result.steps)
     return result
 
 
 def _keep_best(
-    module: TransferModule, stage: Stage, trainer: L.Trainer, result: StageResult
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    stage: Stage,
+    trainer: L.Trainer,
+    result: StageResult,
 ) -> None:
     """The best weights in the module, and in `best.ckpt` those that the stage ends with."""
     path = result.best_checkpoint
@@ -127,11 +138,40 @@ def _keep_best(
     module.finish_stage()
     if final:
         load_checkpoint(module, path)
-    elif stage.grid is not None or stage.lora is not None:
+    elif stage.grid is not None or stage.lora is not None or stage.adabn or module.task.pretrains:
+        if stage.adabn:
+            _estimate_norms(module, datamodule, "val_target", trainer.strategy.root_device)
         trainer.strategy.barrier()  # every rank has read the weights it was trained with
         if trainer.is_global_zero:
+            if module.task.pretrains and stage.norm in MOVING:  # rule 22: noise was for training
+                device, most = (
+                    trainer.strategy.root_device,
+                    max(1, CLEAN_PIXELS // datamodule.inputs.size**2),
+                )
+                _estimate_norms(module, datamodule, "train", device, most)
             replace_weights(path, module, **({"head": result.head} if result.head else {}))
         trainer.strategy.barrier()
+        if module.task.pretrains:
+            load_checkpoint(module, path)
+
+
+def _estimate_norms(
+    module: TransferModule,
+    datamodule: TransferDataModule,
+    split: str,
+    device: torch.device,
+    most: int | None = None,
+) -> None:
+    """BatchNorm statistics of a split's images as they are, exact for all of them, or for `most`
+    evenly chosen ones. What goes from block to block is held in memory.
+    """
+    total, size = len(datamodule.splits[split]), datamodule.eval_batch_size
+    rows = np.linspace(0, total - 1, min(total, most or total)).astype(np.int64)
+    batches = [
+        datamodule.prepared(split, rows[start : start + size], device)
+        for start in range(0, len(rows), size)
+    ]
+    estimate_statistics(module.to(device).backbone, batches, module.head)
 
 
 def _solve(
@@ -145,10 +185,12 @@ def _solve(
     """As a fit would leave it: the head solved, val metrics logged, best.ckpt and last.ckpt."""
     solve = Solve(datamodule, stage)
     trainer = make_trainer(stage, [start, solve])  # both act in `setup`, in this order
-    (metrics,) = trainer.validate(module, datamodule=datamodule, verbose=False)
+    metrics = trainer.validate(module, datamodule=datamodule, verbose=False)[0]
     if trainer.interrupted:
         raise KeyboardInterrupt
     folder = trainer.strategy.broadcast(folder)  # the run's folder is known to the first rank
+    if stage.adabn:
+        _estimate_norms(module, datamodule, "val_target", trainer.strategy.root_device)
     for name in (LAST, BEST):
         trainer.save_checkpoint(folder / name)
     advance(trainer.loggers, 1)
@@ -193,8 +235,14 @@ class StartStage(L.Callback):
             image_size=self.stage.image_size,
             views=self.stage.views,
         )
-        splits = ("test",) if stage == "test" else ("train", "val")
-        limits = [getattr(trainer, f"limit_{split}_batches") for split in splits]
+        data = self.datamodule
+        module.val_splits, module.tested = data.val_splits, data.tested
+        tested = stage == "test"
+        splits = (data.tested,) if tested else (*data.streams, *data.val_splits)
+        limits = [
+            getattr(trainer, f"limit_{split}_batches")
+            for split in (("test",) if tested else ("train", "val"))
+        ]
         store = self.new_store(
             module.backbone,
             module.cut,

@@ -90,7 +90,7 @@ def ridge(
 ) -> tuple[float, Tensor, Tensor]:
     """Least squares on one-hot targets plus `strength` times the squared weights, not the bias.
 
-    One eigendecomposition of the Gram matrix serves every strength.
+    One eigendecomposition of the Gram matrix, of features or of fewer rows, serves every strength.
 
     Args:
         train, val: features (N, F) before the head's norm, and labels.
@@ -106,15 +106,23 @@ def ridge(
     intercept = targets.mean(0)
     mean = sum((rows.sum(0) for _, rows in _chunks(head, features)), torch.tensor(0.0)) / size
     width = head.linear.in_features
-    gram = torch.zeros((width, width), dtype=torch.float64, device=labels.device)
-    cross = torch.zeros((width, classes), dtype=torch.float64, device=labels.device)
-    for at, rows in _chunks(head, features):
-        centred = rows - mean
-        gram.addmm_(centred.T, centred)
-        cross.addmm_(centred.T, targets[at] - intercept)
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(0)  # rounding
-    rotated = vectors.T @ cross
+    if size < width:  # the rows span fewer directions than there are features
+        centred = torch.cat([rows - mean for _, rows in _chunks(head, features)])
+        values, left = torch.linalg.eigh(centred @ centred.T)
+        spanned = values > 1e-12 * values[-1]
+        values, left = values[spanned], left[:, spanned]
+        vectors = centred.T @ left / values.sqrt()
+        rotated = vectors.T @ (centred.T @ (targets - intercept))
+    else:
+        gram = torch.zeros((width, width), dtype=torch.float64, device=labels.device)
+        cross = torch.zeros((width, classes), dtype=torch.float64, device=labels.device)
+        for at, rows in _chunks(head, features):
+            centred = rows - mean
+            gram.addmm_(centred.T, centred)
+            cross.addmm_(centred.T, targets[at] - intercept)
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.clamp_min(0)  # rounding
+        rotated = vectors.T @ cross
     if strengths is None:
         exponents = torch.linspace(-7, 1, 30, dtype=torch.float64)
         strengths = (float(values.sum()) * 10**exponents).tolist()

@@ -6,6 +6,7 @@ stream does not depend on batch composition, workers, ranks or what ran before.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 # Who uses which of an image's 64 draws: the first of each. One that is off changes no other.
-MOVE, CROP, ERASE, MIX, VIEW = 0, 3, 25, 48, 53
+MOVE, CROP, ERASE, MIX, VIEW, COLOR = 0, 3, 25, 48, 53, 54
+DRAWS = 64
 MASK64 = (1 << 64) - 1
 
 
@@ -22,12 +24,28 @@ def uniform(seed: int, epoch: int, index: Tensor, draws: int, *, first: int = MO
     key = _mix(_mix(seed & MASK64) + epoch & MASK64)
     key = key - (1 << 64) if key >> 63 else key
     numbers = torch.arange(first, first + draws, device=index.device)
-    z = (index.long()[:, None] * 64 + numbers) * -7046029254386353131  # 0x9E3779B97F4A7C15: golden
+    z = (
+        index.long()[:, None] * DRAWS + numbers
+    ) * -7046029254386353131  # 0x9E3779B97F4A7C15: golden
     z = z + key
     z = (z ^ _shift_right(z, 30)) * -4658895280553007687
     z = (z ^ _shift_right(z, 27)) * -7723592293110705685
     z = z ^ _shift_right(z, 31)
     return _shift_right(z, 40).float() / (1 << 24)
+
+
+def uniform_many(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
+    """(N, draws) numbers in [0, 1), however many: other ones than those of `uniform`."""
+    return uniform(seed + 15_485_863, epoch, index * -(-draws // DRAWS), draws)
+
+
+def normal(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
+    """(N, draws) standard normal numbers, by the transform of Box & Muller 1958."""
+    half = -(-draws // 2)
+    u = uniform_many(seed, epoch, index, 2 * half)
+    radius = (-2 * (1 - u[:, :half]).log()).sqrt()
+    angle = 2 * math.pi * u[:, half:]
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :draws]
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graft.transforms.boxes import BOX_DRAWS, inside, random_boxes
-from graft.transforms.draws import CROP, ERASE, MOVE, uniform
+from graft.transforms.color import COLOR_DRAWS, recolored
+from graft.transforms.draws import COLOR, CROP, ERASE, MOVE, uniform
 from graft.transforms.inputs import Inputs, Views, drawn_view, views_count
 from graft.transforms.mixing import mix
 from graft.transforms.prepare import Prepare
@@ -42,6 +43,8 @@ class Augment:
         scale: smallest and largest area of a random resized crop, as a fraction of the stored
             image; it takes the place of the shift, and of the evaluation's resize and crop.
         ratio: smallest and largest width / height of that crop.
+        color: strength of random brightness, contrast, saturation and hue: see `recolored`.
+        grayscale: probability that the colours go.
         erase: probability that a box of 2 to 33 % of the area becomes the mean colour.
         mixup, cutmix: alpha of each; 0 is off.
     """
@@ -50,6 +53,8 @@ class Augment:
     flip: float = 0.5
     scale: Sequence[float] | None = None
     ratio: Sequence[float] = (3 / 4, 4 / 3)
+    color: float = 0.0
+    grayscale: float = 0.0
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -57,7 +62,7 @@ class Augment:
     def __post_init__(self) -> None:
         if not 0 <= self.shift < 1:
             raise ValueError(f"data.augment.shift={self.shift}: must be in [0, 1)")
-        for name in ("flip", "erase"):
+        for name in ("flip", "color", "grayscale", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.augment.{name}={getattr(self, name)}: must be in [0, 1]")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -92,6 +97,9 @@ class Augment:
         """A training batch, prepared; with soft labels "target" (N, num_classes) if it is mixed."""
         index = batch["index"]
         images = self(batch["input"], index, seed=seed, epoch=epoch)
+        if self.color or self.grayscale:
+            u = uniform(seed, epoch, index, COLOR_DRAWS, first=COLOR)
+            images = recolored(images, u, self.color, self.grayscale)
         boxes = None
         if self.scale is not None:
             u = uniform(seed, epoch, index, BOX_DRAWS, first=CROP)
@@ -225,7 +233,8 @@ class ImageInputs(Inputs):
         return self.prepare(rows)
 
     def key(self, views: Views) -> dict[str, Any]:
-        code = [sys.modules[part.__module__] for part in (Augment, Prepare, random_boxes, uniform)]
+        parts = (Augment, Prepare, random_boxes, recolored, uniform)
+        code = [sys.modules[part.__module__] for part in parts]
         drawn = self.augmentation if isinstance(views, int) else None
         return {"transform": self.preprocessing, "views": (views, drawn), "code": code}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ class Inputs(ABC):
         preprocessing: a dataclass of plain values, of which sources read how to store rows.
         prepare: rows -> inputs: a module, so that an exported model has it inside.
         size: of an input, in `unit`.
+        rows: what a reader calls the rows.
         sample_transform: what changes single training rows in the workers of the loader.
     """
 
@@ -34,6 +35,7 @@ class Inputs(ABC):
     prepare: nn.Module
     size: int
     unit: ClassVar[str]
+    rows: ClassVar[str] = "images"
     sample_transform: Callable[[Tensor], Tensor] | None = None
 
     @abstractmethod
@@ -69,6 +71,14 @@ class Inputs(ABC):
     def describe(self) -> str:
         """What a model gets, for the start-up summary."""
 
+    def notes(self, cut: int) -> Iterator[str]:
+        """What a user should know where a source had to cut so many rows, in lines."""
+        yield from ()
+
+    def files(self) -> dict[str, str]:
+        """Name -> content of what a run folder keeps for whoever uses its model elsewhere."""
+        return {}
+
     def to_store(self, sizes: Sequence[int]) -> Any:
         """The preprocessing that a source stores rows for, where stages have these sizes."""
         return self.preprocessing
@@ -79,6 +89,10 @@ class Inputs(ABC):
         """A training batch, prepared as the stage trains on it: by draws that depend on nothing
         but (seed, epoch, "index"). Where rows are mixed, "target" (N, num_classes) is too.
         """
+        return self.evaluated(batch)
+
+    def evaluated(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of validation or test, prepared: the same in every epoch, whatever the seed."""
         return {**batch, "input": self.prepare(batch["input"])}
 
     def viewed(self, rows: Tensor, index: Tensor, view: Tensor, views: Views) -> Any:

@@ -51,7 +51,7 @@ class Splits:
     test: Split | None
     # What was black and white in images of more than 8 bits; other images are to be read alike.
     value_range: tuple[float, float] | None = None
-    cut: int = 0  # images of which only the central square is here
+    cut: int = 0  # images of which only the central square is here, texts without their end
     # Others by name, of which tasks train on some: see `Task.streams`. Labels of -1: unknown.
     more: Mapping[str, Split] = field(default_factory=dict)
 
@@ -154,7 +154,8 @@ def _is_consistent(entry: Path, info: dict[str, Any]) -> bool:
         if len({len(array) for array in arrays.values()}) > 1:
             return False
         images = arrays.get(f"{name}-images.npy")
-        if images is not None and (images.dtype != np.uint8 or images.ndim != 4):
+        kinds = ((np.uint8, 4), (np.int32, 2))  # images, token ids
+        if images is not None and (images.dtype, images.ndim) not in kinds:
             return False
         labels = arrays.get(f"{name}-labels.npy")
         if labels is not None and (labels.dtype != np.int64 or labels.ndim != 1):

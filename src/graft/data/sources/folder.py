@@ -29,7 +29,7 @@ from graft.data.sources.decode import (
     native_side,
 )
 from graft.data.sources.depth import Range, RangeUnknownError, range_of
-from graft.data.sources.listing import Listing, counted, list_images
+from graft.data.sources.listing import Listing, counted, list_images, list_unlabelled
 from graft.storage.npy import NpyWriter, locked, writing
 
 if TYPE_CHECKING:
@@ -288,6 +288,16 @@ class EvalFolder(ImageFolder):
 
     def _say_listing(self, listing: Listing) -> None:
         super()._say_listing(replace(listing, folders={}))  # "train" is not what it is
+
+
+class UnlabelledFolder(ImageFolder):
+    """All images in a folder and the folders in it: for tasks that see no labels."""
+
+    def _list(self) -> Listing:
+        return list_unlabelled(self.root)
+
+    def _digest(self, listing: Listing) -> str:
+        return "unlabelled-" + super()._digest(listing)[:21]
 
 
 def _form(p: Preprocessing | None) -> str:

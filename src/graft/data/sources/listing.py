@@ -62,6 +62,26 @@ def list_images(root: Path, *, evaluation: bool = False) -> Listing:
     return _Lister(root, evaluation).listed()
 
 
+def list_unlabelled(root: Path) -> Listing:
+    """Every image below a folder, however it is sorted into others, as "train" of one class.
+
+    Raises:
+        ValueError: there are none.
+    """
+    lister = _Lister(root, evaluation=True)
+    listing = lister.listing
+    listing.classes, listing.folders["train"], listing.images["train"] = ["image"], ".", []
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{visible(str(root))}: no such folder; data.root= says where the images are"
+        )
+    lister.list_class("train", "image", ["."])
+    if not listing.images["train"]:
+        raise ValueError(f"{visible(str(root))}: no images ({', '.join(sorted(EXTENSIONS))})")
+    listing.digest = lister.digest.hexdigest()[:32]
+    return listing
+
+
 def class_name(folder: str) -> str:
     """The class that a folder's name stands for: one for all Unicode normal forms of a name, and
     text that every writer takes where the name is not UTF-8.
@@ -101,7 +121,7 @@ class _Lister:
             listing.folders[split] = place
             listing.images[split] = []
             for name in sorted(groups):
-                self._list_class(split, name, groups[name])
+                self.list_class(split, name, groups[name])
             if place != ".":
                 listing.unused += [f"{place}/{name}" for name in beside]
         known = {*found.values(), *(listing.classes if splits["train"] == "." else ())}
@@ -172,7 +192,7 @@ class _Lister:
                 hint = f"; {inner} has a train folder: data.root={inner}"
             raise ValueError(f"{where}: only one class, {visible(names[0])}; 2 are needed{hint}")
 
-    def _list_class(self, split: str, name: str, folders: list[str]) -> None:
+    def list_class(self, split: str, name: str, folders: list[str]) -> None:
         listing, shown = self.listing, self._shown(folders[0])
         if name not in listing.classes:
             train = self._shown(listing.folders["train"])
