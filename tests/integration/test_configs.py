@@ -18,6 +18,7 @@ OPTIONS = sorted(
     for path in CONFIGS.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "hydra", "paths", "stage") and path.stem != "base"
 )
+UNLABELLED = ("pretrain_denoising", "pretrain_masked", "pretrain_barlow")
 ON_TEXTS = ("pretrain_bert", "text_finetune")  # unit/test_text.py runs them one after the other
 PLANS = sorted(path.stem for path in (CONFIGS / "transfer").glob("*.yaml"))
 REQUIRED = {
@@ -62,6 +63,18 @@ def test_every_experiment_composes_with_its_own_backbone(name: str) -> None:
     assert f"graft train experiment={name}" in header
 
 
+def a_batch(name: str, image_folders: Path) -> list[str]:
+    """Overrides for one batch of an experiment on images; of a sweep, of one job."""
+    overrides = [f"experiment={name}", "debug=fdr", "data.batch_size=4", "hydra.mode=RUN"]
+    if "cifar10" in name or name in ("compare_transfer", *UNLABELLED):
+        overrides += [f"data.root={image_folders}", "data.val_fraction=0.1"]
+    if name == "domain_shift":
+        overrides += [f"data.root={image_folders}", f"data.target={image_folders}"]
+    if name.startswith(("cifar10", "compare")):
+        overrides += ["backbone=squeezenet1_1", "backbone.weights=null", "data.image_size=32"]
+    return overrides
+
+
 @pytest.mark.parametrize(
     ("transfer", "precision"),
     [
@@ -79,18 +92,10 @@ def test_every_experiment_runs_a_batch(
     tmp_path: Path,
 ) -> None:
     """On small images in CIFAR-10's folder layout, with a small backbone from random weights."""
-    unlabelled = name.removeprefix("pretrain_") in ("denoising", "masked", "barlow")
+    unlabelled = name in UNLABELLED
     if unlabelled and transfer == "linear_probe":
         pytest.skip("it pretrains the whole backbone")
-    overrides = [f"experiment={name}", "debug=fdr", "trainer=cpu", "data.batch_size=4"]
-    overrides.append("hydra.mode=RUN")  # of a sweep, one job
-    overrides.append(f"trainer.precision={precision}")
-    if "cifar10" in name or name == "compare_transfer" or unlabelled:
-        overrides += [f"data.root={image_folders}", "data.val_fraction=0.1"]
-    if name == "domain_shift":
-        overrides += [f"data.root={image_folders}", f"data.target={image_folders}"]
-    if name.startswith(("cifar10", "compare")):
-        overrides += ["backbone=squeezenet1_1", "backbone.weights=null", "data.image_size=32"]
+    overrides = [*a_batch(name, image_folders), "trainer=cpu", f"trainer.precision={precision}"]
     if transfer:
         overrides.append(f"transfer={transfer}")
     done = graft("train", *overrides)
