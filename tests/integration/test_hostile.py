@@ -26,6 +26,7 @@ from graft.runs.trust import require_trusted
 from graft.training.checkpoint import is_final, load_checkpoint, replace_weights
 from tests.conftest import TINY, Graft, compose
 from tests.integration.conftest import Break
+from tests.integration.test_configs import REQUIRED
 
 
 def node(target: str, **arguments: Any) -> dict[str, Any]:
@@ -173,10 +174,8 @@ def test_honest_configs_of_every_group_are_trusted(tmp_path: Path) -> None:
 
     for group in ("backbone", "callbacks", "head", "optimizer", "scheduler", "transfer", "logger"):
         for name in sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")):
-            more = ["backbone.model=resnet18"] if name in ("torchvision", "timm") else []
-            more += ["transfer=linear_probe"] if name == "linear_grid" else []
             if name not in ("mlflow", "wandb"):  # which need not be installed
-                require_trusted(compose(f"{group}={name}", *more), tmp_path)
+                require_trusted(compose(f"{group}={name}", *REQUIRED.get(name, [])), tmp_path)
     require_trusted(compose("sample_transform=rand_augment"), tmp_path)
     for data in ("image_folder", "cifar10"):
         require_trusted(compose(f"data={data}", "data.root=x"), tmp_path)

@@ -260,9 +260,9 @@ def metric_names(comparison: Comparison, asked: Sequence[str] = ()) -> list[str]
         return [known(name, [*there, *COSTS], "metric") for name in asked]
     runs = [run for group in comparison.groups for run in group.runs.values()]
     monitors = {objective(run.config)[0] for run in runs}
+    usual = sorted(name for name in there if name.replace("test/", "val/") in monitors)
     # Where there is a target, its accuracy is what counts; an oracle's has the last column.
-    order = ["test_target/acc", *sorted(n.replace("val/", "test/") for n in monitors), "oracle/acc"]
-    usual = [name for name in order if name in there]
+    order = ["test_target/acc", *usual, "oracle/acc"]
     if not there:
         raise ValueError("these runs have no metrics")
-    return usual or there[:2]
+    return [name for name in order if name in there] or there[:2]
