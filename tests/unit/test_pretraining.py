@@ -239,6 +239,11 @@ def test_colours_move_by_what_was_drawn_alone() -> None:
         (["task=barlow", "data.augment.mixup=0.2"], "knows no labels to mix"),
         (["task=masked", "transfer=linear_probe"], "trains the whole backbone"),
         (["task=masked", "task.monitor=val/probe_acc"], "set task.probe=1 and task.mode=max"),
+        (["task=masked", "data.sampling=hard"], "data.sampling: task=masked sees no classes"),
+        (["task=masked", "data.target={shift: fog}"], "task=masked: makes no use of data.target"),
+        (["task=masked", "data.target={shift: fog}", "data.oracle=true"], "are for classifiers"),
+        (["task=barlow", "data.augment.shift=0", "data.augment.flip=0"], "views of an image would"),
+        (["task=masked", "trainer=fsdp"], "has weights of its own, which trainer=fsdp would not"),
     ],
 )
 def test_what_cannot_be_pretrained_is_refused_in_a_line(

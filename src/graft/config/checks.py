@@ -47,6 +47,11 @@ def _is_monitor(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"val/[\w-]+", value) is not None
 
 
+def _is_watched(value: Any) -> bool:
+    """Not oracle/acc, which is of the test labels of another domain."""
+    return isinstance(value, str) and value.startswith(("val/", "train/"))
+
+
 def _is_architecture(value: Any) -> bool:
     plain = (str, int, float, type(None))
     return (
@@ -331,7 +336,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
         "final": NOT_NEGATIVE,
     },
     "lightning.pytorch.callbacks.EarlyStopping": {
-        "monitor": TEXT,
+        "monitor": ("a metric of val/ or train/", _is_watched),
         "mode": one_of("min", "max"),
         "patience": NATURAL,
         "min_delta": NUMBER,

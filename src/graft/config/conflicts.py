@@ -9,7 +9,8 @@ from typing import Any
 
 from graft.config.overrides import is_path
 
-TWO_STREAMS = ("graft.tasks.coral.Coral", "graft.tasks.dann.Dann")
+DANN = "graft.tasks.dann.Dann"
+TWO_STREAMS = ("graft.tasks.coral.Coral", DANN)
 IMAGE_FOLDER = "graft.data.sources.folder.ImageFolder"
 PRETRAIN_BERT = "graft.tasks.pretrain_bert.PretrainBert"
 PRETRAINING = {
@@ -17,6 +18,7 @@ PRETRAINING = {
 }
 UNLABELLED_FOLDER = "graft.data.sources.folder.UnlabelledFolder"
 FEATURES = "graft.models.heads.FeaturesHead"
+MOVES = ("shift", "flip", "scale", "color", "grayscale", "erase")  # what makes views differ
 PACKAGES = {"graft.reporting.trackers.WandB": "wandb", "graft.reporting.trackers.MLFlow": "mlflow"}
 
 # Callbacks of Lightning's that have no place in a run, and what has.
@@ -84,6 +86,8 @@ def without_effect(plain: dict[str, Any], overrides: Sequence[str]) -> str | Non
             )
         if key == "data.severity" and plain["data"].get("shift") is None:
             return f"{override}: there is no data.shift"
+        if key == "data.sampling" and solved and not override.endswith("=shuffled"):
+            return f"{override}: this plan solves for its head on each image once"
         if key.startswith(("optimizer.lr", "scheduler.")) and solved:
             return f"{override}: this plan solves for its head, without steps"
         match key.split("."):
@@ -261,9 +265,16 @@ def _pretraining_problem(plain: dict[str, Any]) -> str | None:
     key = f"task={name}"
     if not own:
         return f"{key}: has a decoder or projector of its own: set head=features"
-    if data.get("shots_per_class") is not None or data.get("sampling") == "balanced":
-        option = "shots_per_class" if data.get("shots_per_class") else "sampling=balanced"
-        return f"data.{option}: {key} sees no classes: use data.train_fraction"
+    for option, wants in (
+        ("shots_per_class", data.get("shots_per_class") is not None),
+        ("sampling", data.get("sampling") in ("balanced", "hard")),
+    ):
+        if wants:
+            return f"data.{option}: {key} sees no classes: use data.train_fraction"
+    if data.get("oracle") or any(s.get("adabn") for s in plain["transfer"]["stages"].values()):
+        return f"{key}: data.oracle and adabn are for classifiers: leave them out"
+    if data.get("target") is not None and data.get("sampling") != "importance":
+        return f"{key}: makes no use of data.target: set it to null"
     if task["monitor"] == "val/probe_acc" and (task.get("probe") != 1 or task["mode"] != "max"):
         return "task.monitor=val/probe_acc: set task.probe=1 and task.mode=max too"
     if plain["mirror"]:
@@ -278,7 +289,7 @@ def _pretraining_problem(plain: dict[str, Any]) -> str | None:
         used = {**(data.get("augment") or {}), **(augment if isinstance(augment, dict) else {})}
         if augment is not False and (used.get("mixup") or used.get("cutmix")):
             return f"{key}: knows no labels to mix: set data.augment.mixup=0 and cutmix=0"
-        if name == "barlow" and (augment is False or not used):
+        if name == "barlow" and (augment is False or not any(used.get(k) for k in MOVES)):
             return f"{key}: two views of an image would be equal: {place} must augment"
     if name == "barlow" and data.get("sample_transform") is not None:
         return f"{key}: data.sample_transform would be drawn once for both views: use data.augment"
@@ -321,8 +332,10 @@ def _sharding_problem(plain: dict[str, Any]) -> str | None:
     trainer = plain["trainer"]
     if trainer.get("strategy") != "fsdp":
         return None
-    if plain["task"]["_target_"] == PRETRAIN_BERT:
-        return "task=pretrain_bert shares weights with the encoder: use trainer=ddp, not fsdp"
+    if (task := plain["task"]["_target_"]) in (PRETRAIN_BERT, DANN, *PRETRAINING):
+        return (
+            f"{task}: has weights of its own, which trainer=fsdp would not share: use trainer=ddp"
+        )
     for name, stage in plain["transfer"]["stages"].items():
         for option in ("l2_sp", "ema", "adabn"):
             if stage.get(option) and stage.get("trainable", "all") != "head":

@@ -131,7 +131,8 @@ class TransferDataModule(L.LightningDataModule):
         else:
             self.classes = loaded.classes
             splits = self.draw_splits(loaded, stratified=self.sees_labels)
-        if self.sampling in ("balanced", "hard") and splits["train"].targets is not None:
+        blind = splits["train"].targets is not None or not self.sees_labels
+        if self.sampling in ("balanced", "hard") and blind:
             raise ValueError(f"data.sampling={self.sampling} needs classes, and this data has none")
         images = self.epoch_images or len(splits["train"])
         self.batch_size = self.batch_size or batch_size_for(max(1, images // self.processes))

@@ -40,7 +40,7 @@ def draw_splits(
     labels, classes = loaded.train.labels, loaded.classes
     if not stratified:
         labels, classes = np.zeros_like(labels), ["unlabelled"]
-    keep = np.arange(len(labels))
+    keep = _order(loaded.train, stratified)
     held_out: dict[str, ImageDataset] = {}
     given = {"val": loaded.val, "test": loaded.test}
     drawn_splits = [name for name, split in given.items() if split is None]
@@ -52,7 +52,7 @@ def draw_splits(
     for offset, (name, fraction) in enumerate((("test", test_fraction), ("val", val_fraction))):
         split = given[name]
         if split is not None:
-            held_out[name] = ImageDataset(split)
+            held_out[name] = ImageDataset(split, _order(split, stratified))
             continue
         kept, drawn = stratified_split(labels[keep], fraction, seed + offset)
         held_out[name] = ImageDataset(loaded.train, keep[drawn])
@@ -72,17 +72,20 @@ def draw_splits(
         keep = keep[draw_shots(labels[keep], shots_per_class, seed)]
     elif train_fraction != 1.0:
         keep = keep[stratified_fraction(labels[keep], train_fraction, seed)]
-    more = {name: ImageDataset(split, _by_content(split)) for name, split in loaded.more.items()}
+    more = {
+        name: ImageDataset(split, _order(split, bool((split.labels >= 0).any())))
+        for name, split in loaded.more.items()
+    }
     if target := more.get("target"):
         watched = np.random.default_rng(0).permutation(len(target))[:WATCHED]
         more["val_target"] = ImageDataset(target.split, target.rows[np.sort(watched)])
     return {"train": ImageDataset(loaded.train, keep), **held_out, **more}
 
 
-def _by_content(split: Split) -> np.ndarray | None:
-    """Of images without labels, an order that no class folder they may lie in decides."""
-    if split.digests is None or (split.labels >= 0).any():
-        return None
+def _order(split: Split, labelled: bool) -> np.ndarray:
+    """The source's own, or without labels one that no class folder decides."""
+    if labelled or split.digests is None:
+        return np.arange(len(split.labels))
     return np.argsort(split.digests, kind="stable")
 
 

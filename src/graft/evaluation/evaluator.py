@@ -78,7 +78,7 @@ class Evaluator:
         torch.set_float32_matmul_precision("high")  # as in training
         head = {**config["head"], "num_classes": None}
         module, datamodule = build(
-            {**config, "head": head},
+            {**config, "head": head, "data": {**config["data"], "target": None, "oracle": False}},
             pretrained=False,
             recorded=recorded,
             classes=checkpoint["graft"]["classes"],

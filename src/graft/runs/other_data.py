@@ -47,7 +47,7 @@ def with_data(
     changed = {key[1]: composed["data"][key[1]] for key in keys if key[0] == "data" and key[1:]}
     # Its training images are not used: they need not be as many as the run's.
     any_number = {"batch_size": 1, "train_fraction": 1.0, "shots_per_class": None}
-    shift = {key: composed["data"][key] for key in ("shift", "severity")}
+    shift = {k: composed["data"][k] for k in ("shift", "severity") if k in composed["data"]}
     of_training = {"sampling": "shuffled", "target": None, "oracle": False}
     own = {**config["data"], **shift, **changed, **any_number, **of_training, "source": source}
     return {**config, "data": own, "paths": composed["paths"]}

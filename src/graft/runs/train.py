@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 import traceback
@@ -235,7 +236,10 @@ def train(
         progress=report.PartsBar(),
     )
     if datamodule.sampling in ("importance", "hard"):
-        where = torch.device("cpu" if options["accelerator"] == "cpu" else "cuda")
+        devices, rank = options["devices"], int(os.environ.get("LOCAL_RANK", "0"))
+        gpu = devices[rank] if isinstance(devices, list) else rank
+        on_gpu = options["accelerator"] != "cpu" and torch.cuda.is_available()
+        where = torch.device("cuda", gpu) if on_gpu else torch.device("cpu")
         datamodule.weights = weigh(module, datamodule, stages[0], new_store, where)
         report.say("note: " + describe_weights(datamodule.sampling, datamodule.weights))
     results = run_stages(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.data.datasets import Batch
 from graft.models.backbone import Backbone
-from graft.tasks.base import Model, Tally
+from graft.tasks.base import Model, Tally, gathered
 from graft.tasks.pretraining import Pretraining
 
 
@@ -84,17 +83,6 @@ class Barlow(Pretraining):
         diagonal = correlation.diagonal()
         invariance = (1 - diagonal).square().sum()
         return invariance + self.redundancy * (correlation.square().sum() - diagonal.square().sum())
-
-
-def gathered(rows: Tensor) -> Tensor:
-    """Rows of all ranks, of equally many each. In a backward the gradients that all ranks have for
-    a row are added; with the mean over ranks that DDP takes, it is that of one process.
-    """
-    if not dist.is_initialized():
-        return rows
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(rows.contiguous()))
 
 
 def _sums(first: Tensor, second: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -179,3 +180,14 @@ class _Known:
 def as_wide(target: Tensor, outputs: Tensor) -> Tensor:
     """Targets (N, T) beside outputs (N, T), or (N, K, T) of K heads."""
     return (target[:, None] if outputs.ndim == 3 else target).expand_as(outputs)
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Rows of all ranks, of equally many each. In a backward the gradients that all ranks have for
+    a row are added; with the mean over ranks that DDP takes, it is that of one process.
+    """
+    if not dist.is_initialized():
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(rows.contiguous()))

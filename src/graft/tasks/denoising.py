@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -36,7 +38,7 @@ class Denoising(Restoring):
     def corrupted(self, images: Tensor, seed: int, epoch: int, index: Tensor) -> tuple[Tensor, ...]:
         seen = images
         if self.blur:
-            side = 2 * round(3 * self.blur) + 1
+            side = 2 * math.ceil(3 * self.blur) + 1
             seen = gaussian_blur(seen, [side, side], [self.blur, self.blur])
         noise = normal(seed, epoch, index, images[0].numel()).view_as(images)
         return (seen + self.noise * noise.to(images.dtype),)

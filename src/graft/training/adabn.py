@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +41,12 @@ def estimate_statistics(
         batches: inputs of the backbone, as a test gives them to it.
         head: what takes the features; its BatchNorms follow.
     """
+    compiled = "torch._dynamo" in sys.modules  # hooks are not noticed by what is compiled already
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        _estimate(backbone, batches, head)
+
+
+def _estimate(backbone: Backbone, batches: Sequence[Tensor], head: nn.Module | None) -> None:
     backbone.eval()
     states: list[Any] = list(batches)
     if backbone.mirror:

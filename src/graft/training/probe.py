@@ -67,7 +67,9 @@ class OnlineProbe(L.Callback):
         most = min(LARGEST, int(SHARE * self.every * len(data.splits["train"])))
         train, labels = self._features(module, "train", max(10, most // 2))
         val, truth = self._features(module, "val", max(10, most // 2))
-        head = LinearHead(train.shape[1], data.num_classes, norm="standardize").to(module.device)
+        with torch.random.fork_rng(devices=[]):  # training draws as if nobody had looked
+            head = LinearHead(train.shape[1], data.num_classes, norm="standardize")
+        head = head.to(module.device)
         cast("Standardize", head.norm).measure([train])
         chooses = torch.arange(len(labels), device=labels.device) % 5 == 4
         _, weight, bias = ridge(

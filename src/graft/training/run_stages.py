@@ -140,15 +140,11 @@ def _keep_best(
         load_checkpoint(module, path)
     elif stage.grid is not None or stage.lora is not None or stage.adabn or module.task.pretrains:
         if stage.adabn:
-            _estimate_norms(module, datamodule, "val_target", trainer.strategy.root_device)
+            _estimate_norms(module, datamodule, "val_target", trainer)
         trainer.strategy.barrier()  # every rank has read the weights it was trained with
         if trainer.is_global_zero:
             if module.task.pretrains and stage.norm in MOVING:  # rule 22: noise was for training
-                device, most = (
-                    trainer.strategy.root_device,
-                    max(1, CLEAN_PIXELS // datamodule.inputs.size**2),
-                )
-                _estimate_norms(module, datamodule, "train", device, most)
+                _estimate_norms(module, datamodule, "train", trainer)
             replace_weights(path, module, **({"head": result.head} if result.head else {}))
         trainer.strategy.barrier()
         if module.task.pretrains:
@@ -159,14 +155,14 @@ def _estimate_norms(
     module: TransferModule,
     datamodule: TransferDataModule,
     split: str,
-    device: torch.device,
-    most: int | None = None,
+    trainer: L.Trainer,
 ) -> None:
-    """BatchNorm statistics of a split's images as they are, exact for all of them, or for `most`
-    evenly chosen ones. What goes from block to block is held in memory.
+    """BatchNorm statistics of a split's images as they are, exact for all of them, or for evenly
+    chosen ones where there are too many to hold: what goes from block to block is in memory.
     """
+    device, most = trainer.strategy.root_device, max(1, CLEAN_PIXELS // datamodule.inputs.size**2)
     total, size = len(datamodule.splits[split]), datamodule.eval_batch_size
-    rows = np.linspace(0, total - 1, min(total, most or total)).astype(np.int64)
+    rows = np.linspace(0, total - 1, min(total, most)).astype(np.int64)
     batches = [
         datamodule.prepared(split, rows[start : start + size], device)
         for start in range(0, len(rows), size)
@@ -190,12 +186,13 @@ def _solve(
         raise KeyboardInterrupt
     folder = trainer.strategy.broadcast(folder)  # the run's folder is known to the first rank
     if stage.adabn:
-        _estimate_norms(module, datamodule, "val_target", trainer.strategy.root_device)
+        _estimate_norms(module, datamodule, "val_target", trainer)
     for name in (LAST, BEST):
         trainer.save_checkpoint(folder / name)
     advance(trainer.loggers, 1)
     head = {**solve.chosen, **metrics}
-    return StageResult(stage.name, folder / BEST, metrics[module.task.monitor], steps=1, head=head)
+    score, oracle = metrics[module.task.monitor], metrics.get("oracle/acc")
+    return StageResult(stage.name, folder / BEST, score, steps=1, head=head, oracle=oracle)
 
 
 def seed_stage(seed: int, index: int, rank: int = 0) -> None:

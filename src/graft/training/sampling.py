@@ -75,8 +75,10 @@ def sampling_weights(
     else:
         missing = 1 - p.gather(1, wanted[:, None])[:, 0]
         weights = EVEN + (1 - EVEN) * missing / missing.mean()
-    weights = (weights / weights.mean()).clamp(max=MOST)
-    return (weights / weights.mean()).numpy()
+    for _ in range(50):  # what is cut off raises the others
+        weights = (weights / weights.mean()).clamp(max=MOST)
+    # Rounded: ranks may have computed them with other numbers of threads.
+    return np.round((weights / weights.mean()).numpy(), 3)
 
 
 def _all(features: StoredFeatures) -> Tensor:

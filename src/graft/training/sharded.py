@@ -36,6 +36,11 @@ class ShardedStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """In place of the wrapping: the module is still plain and the same on every rank."""
         module = cast("TransferModule", self.lightning_module)
+        if any(p.requires_grad for p in module.task.parameters()):
+            raise ValueError(
+                "trainer=fsdp: the task has weights of its own, which would not be shared between "
+                "devices: use trainer=ddp"
+            )
         mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
         blocks = [(module.backbone.blocks, name) for name in module.backbone.learnable_blocks]
         for parent, name in [*blocks, (module, "head")]:
