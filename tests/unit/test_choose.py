@@ -31,6 +31,7 @@ from graft.choose.halving import (
 )
 from graft.choose.neighbours import vote
 from graft.choose.race import run_race
+from graft.choose.runs import Runs
 from graft.config.job import compose_job
 from graft.config.resolved import CONFIGS
 from tests.conftest import TINY, Graft, compose
@@ -114,6 +115,8 @@ def test_a_shorter_training_keeps_its_batches_and_trains_its_probe_in_full() -> 
     config = compose("transfer=lp_ft")
     assert shortened(1, config, COST) == []
     assert shortened(0.5, config, COST) == ["trainer.max_epochs=5"]
+    own = compose("transfer=lp_ft", "transfer.stages.finetune.epochs=20")
+    assert "transfer.stages.finetune.epochs=10" in shortened(0.5, own, COST)
     command = shortened(1 / 20, config, COST)
     short = compose_job(["data.shots_per_class=100", "transfer=lp_ft", *command]).config
     stages = short["transfer"]["stages"]
@@ -155,6 +158,14 @@ def test_budgets() -> None:
 
 
 @pytest.mark.slow
+def test_a_larger_budget_decides_anew(tmp_path: Path) -> None:
+    entrants: Any = None
+    first = Runs(tmp_path, entrants, 60, print)
+    first.save(rounds=[{"share": 0, "arms": []}], part=0.5)
+    assert Runs(tmp_path, entrants, 60, print).state["rounds"]
+    assert Runs(tmp_path, entrants, 600, print).state["rounds"] == []
+
+
 def test_every_candidate_and_plan_of_the_file_composes() -> None:
     pytest.importorskip("timm", reason="one of the candidates is timm's")
     entrants = read_entrants("digits", [])

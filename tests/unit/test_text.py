@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.data.sources.corpus import TextCorpus, draw_pairs
-from graft.data.sources.texts import TextTable
+from graft.data.sources.texts import TextTable, lines_of
 from graft.models.backbone import Backbone
 from graft.models.huggingface import huggingface_backbone
 from graft.models.tokenizer import tokenizer_from, train_wordpiece
@@ -72,7 +72,7 @@ def small(corpus: Path, **options: Any) -> Backbone:
     return huggingface_backbone(architecture=architecture, **options).eval()
 
 
-def saved(folder: Path, corpus: Path, kind: str, **changes: Any) -> Path:
+def saved(folder: Path, corpus: Path, kind: str, longest: int = 24, **changes: Any) -> Path:
     """A random encoder with a tokenizer, as transformers writes them."""
     torch.manual_seed(0)
     values = {key: value for key, value in SMALL.items() if key != "model_type"}
@@ -81,7 +81,7 @@ def saved(folder: Path, corpus: Path, kind: str, **changes: Any) -> Path:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=read_tokenizer(tokenizer_from(str(corpus), 120)),
         **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "mask")},
-        model_max_length=24,
+        model_max_length=longest,
     )
     tokenizer.save_pretrained(folder)
     return folder
@@ -337,6 +337,11 @@ def test_corpora_that_cannot_be_used(
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         TextCorpus(tmp_path / "bad.txt", tmp_path / "cache").prepare(p)
+    (tmp_path / "few.txt").write_bytes(b"one\ntwo\n\n" * 8)
+    with pytest.raises(ValueError, match=r"held_out=0.5: leaves too few of 8 documents"):
+        TextCorpus(tmp_path / "few.txt", tmp_path / "cache", held_out=0.5).prepare(p)
+    with pytest.raises(ValueError, match=r"data.length=6: a pair of texts needs 8 or more"):
+        TextCorpus(tmp_path / "few.txt", tmp_path / "cache").prepare(p.at(6))
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=r"no text files \(.txt, .csv\)"):
@@ -371,6 +376,41 @@ def test_what_does_not_fit_an_encoder_is_refused(corpus: Path, tmp_path: Path) -
         small(corpus, architecture={"_attn_implementation": "a/kernel"})
     with pytest.raises(FileNotFoundError, match=r"backbone.model=./none: no such folder"):
         huggingface_backbone(model="./none")
+
+
+def test_options_of_another_kind_of_encoder_are_refused(corpus: Path) -> None:
+    """Rule 25: they would not be looked at."""
+    new = {"model_type": "bert"}
+    with pytest.raises(ValueError, match=r"backbone.model brings its own architecture"):
+        huggingface_backbone(model="m", architecture=new)
+    with pytest.raises(ValueError, match=r"backbone.tokenizer is for a new encoder"):
+        huggingface_backbone(model="m", tokenizer=str(corpus))
+    with pytest.raises(ValueError, match=r"backbone.weights=DEFAULT: a new encoder has none"):
+        huggingface_backbone(architecture=new, tokenizer=str(corpus), weights="DEFAULT")
+
+
+def test_lines_are_those_of_an_editor() -> None:
+    assert lines_of("a\u2028b\x0cc\r\nd") == ["a\u2028b\x0cc", "d"]
+
+
+def test_a_folder_named_like_a_model_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    assert compose("backbone=resnet18")["backbone"]["model"] == "resnet18"
+    (tmp_path / "resnet18" / "config.json").write_text("{}")
+    named = compose("backbone=huggingface", "backbone.model=resnet18")["backbone"]["model"]
+    assert named == str(tmp_path / "resnet18")
+
+
+def test_the_positions_of_some_encoders_begin_after_padding(tmp_path: Path, corpus: Path) -> None:
+    folder = saved(tmp_path / "encoder", corpus, "roberta", longest=1000)
+    backbone = huggingface_backbone(model=str(folder)).eval()
+    longest = backbone.preprocessing.length
+    ids = torch.full((1, longest), 9, dtype=torch.int32)
+    backbone(TextInputs(backbone.preprocessing).prepare(ids))
+    assert longest < 32
 
 
 def test_images_and_texts_are_not_mixed(reviews: Path) -> None:

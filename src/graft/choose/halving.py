@@ -114,6 +114,10 @@ def shortened(share: float, config: Mapping[str, Any], cost: Cost) -> list[str]:
     whole = share * config["trainer"]["max_epochs"]
     images = max(cost.batch, round(min(1.0, whole) * cost.epoch))
     overrides = [f"trainer.max_epochs={max(1, round(whole))}"]
+    for name, stage in config["transfer"]["stages"].items():
+        if stage["trainable"] != "head" and stage["epochs"] != config["trainer"]["max_epochs"]:
+            epochs = max(1, round(share * stage["epochs"]))
+            overrides.append(f"transfer.stages.{name}.epochs={epochs}")
     if images < cost.epoch:
         overrides += [f"data.epoch_images={images}", f"data.batch_size={cost.batch}"]
         for name, stage in config["transfer"]["stages"].items():

@@ -101,7 +101,7 @@ def _measure(runs: Runs, *, download: bool) -> dict[str, str]:
             runs.costs[name] = measure(runs.full(Arm(name, FEATURES)), download=download)
         except NotAtHand:
             absent.append(name)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # out of memory, say: the others race on
             problems[name] = explain(error)
         else:
             runs.save(costs={key: asdict(cost) for key, cost in runs.costs.items()})

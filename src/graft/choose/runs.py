@@ -41,8 +41,11 @@ class Runs:
     ) -> None:
         self.folder, self.entrants, self.budget, self.tell = folder, entrants, budget, tell
         self.state: dict[str, Any] = {"spent": 0.0, "costs": {}, "part": None, "rounds": []}
+        self.state["budget"] = budget
         if (folder / STATE).is_file():
             self.state |= read_json(folder / STATE)
+        if budget > self.state["budget"]:  # what was decided for less time; runs are found again
+            self.state |= {"part": None, "rounds": [], "budget": budget}
         self.started = time.monotonic() - self.state["spent"]
         self.costs = {name: Cost(**values) for name, values in self.state["costs"].items()}
         self.results: dict[Arm, Result] = {}

@@ -211,6 +211,8 @@ def _task_problem(plain: dict[str, Any]) -> str | None:
         if stage.get("label_smoothing") is not None and "label_smoothing" not in task:
             return f"transfer.stages.{name}.label_smoothing: this task has none"
     measured = task["monitor"].rpartition("/")[2]
+    if task["mode"] == "min" and measured in ("acc", "f1", "exact", "r2", "masked_acc", "snd"):
+        return f"task.monitor={task['monitor']}: larger is better: set task.mode=max"
     if task["mode"] == "max" and (
         measured in ("mae", "rmse", "entropy") or measured.endswith("loss")
     ):

@@ -54,8 +54,8 @@ def is_path(key: str, value: Any) -> bool:
     """Whether a value is one: of `backbone.weights`, names of a library are not."""
     if not isinstance(value, str) or not value or "${" in value or not PATHS.fullmatch(key):
         return False
-    if key == "backbone.model":  # a name, unless there is such a folder
-        return Path(value).expanduser().is_dir()
+    if key == "backbone.model":  # a name, unless a model has been saved in such a folder
+        return (Path(value).expanduser() / "config.json").is_file()
     return key != "backbone.weights" or is_weights_path(value)
 
 
@@ -131,7 +131,7 @@ def path_of(override: str) -> str:
 def typed(override: str) -> str:
     """An override as it is typed in a shell; the command quotes paths for Hydra itself."""
     key, _, value = override.partition("=")
-    is_text = PATHS.fullmatch(key) and value != "null"
+    is_text = PATHS.fullmatch(key) and value != "null" and value[:1] != "{"
     return shlex.quote(f"{key}={path_of(override)}" if is_text else override)
 
 

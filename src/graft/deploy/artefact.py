@@ -26,7 +26,7 @@ from graft.deploy.predictions import PythonModel
 
 
 def open_model(
-    path: str | Path, *, ckpt: str = "best", mirror: bool = False, device: str | None = None
+    path: str | Path, ckpt: str = "best", *, mirror: bool = False, device: str | None = None
 ) -> PythonModel:
     """The model of a run folder or of an exported file (.onnx, .pt2, .safetensors).
 

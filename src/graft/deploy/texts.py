@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from graft.data.sources.texts import MOST_BYTES, decoded
+from graft.data.sources.texts import MOST_BYTES, decoded, lines_of
 from graft.deploy.listing import LIST
 from graft.deploy.model import open_run
 from graft.deploy.predict import NOT_FINITE, Row
@@ -89,6 +89,6 @@ def read_texts(paths: Sequence[str], texts: Sequence[str]) -> Iterator[str]:
     yield from texts
     for path in paths:
         content = sys.stdin.buffer.read() if path == LIST else read_bytes(Path(path), MOST_BYTES)
-        for line in decoded(Path(path), content).splitlines():
+        for line in lines_of(decoded(Path(path), content)):
             if line.strip():
                 yield line.strip()

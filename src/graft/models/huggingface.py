@@ -20,6 +20,7 @@ from graft.transforms.text import PrepareTokens, TextPreprocessing, read_tokeniz
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+NO_CODE = {"trust_remote_code": False}  # transformers would ask whether to run what a folder brings
 SPECIAL = ("pad", "cls", "sep", "mask")
 SPARED = ("position_embeddings", "token_type_embeddings", "relative_attention_bias")
 
@@ -66,6 +67,12 @@ def huggingface_backbone(
     transformers.logging.disable_progress_bar()
     if pooling not in ("mean", "cls"):
         raise ValueError(f"backbone.pooling={pooling}: must be mean or cls")
+    if recorded is None and model is not None and architecture is not None:
+        raise ValueError("backbone.model brings its own architecture: use backbone=huggingface")
+    if recorded is None and tokenizer is not None and architecture is None:
+        raise ValueError("backbone.tokenizer is for a new encoder (backbone=bert): leave it out")
+    if recorded is None and architecture is not None and weights == "DEFAULT":
+        raise ValueError("backbone.weights=DEFAULT: a new encoder has none: null, a file or a run")
     file = None
     if recorded is None and weights not in (None, "DEFAULT"):
         file = WeightsFile.read(str(weights), TextPreprocessing)
@@ -82,9 +89,9 @@ def huggingface_backbone(
             own = TextPreprocessing(**recorded)
             config = _config(json.loads(own.architecture))
         elif model is not None:
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(name, **NO_CODE)
             own = own or _preprocessing(
-                transformers.AutoTokenizer.from_pretrained(name), config, name
+                transformers.AutoTokenizer.from_pretrained(name, **NO_CODE), config, name
             )
         elif architecture is not None:
             config = _config(architecture)
@@ -99,7 +106,7 @@ def huggingface_backbone(
         _set_dropout(config, dropout)
         if loads:
             built, about = transformers.AutoModel.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True
+                name, config=config, dtype=torch.float32, output_loading_info=True, **NO_CODE
             )
         else:
             try:
@@ -167,13 +174,14 @@ def _chosen(tokenizer: str | None, own: TextPreprocessing | None, config: Any) -
                 "backbone.tokenizer: name a tokenizer.json, a run on texts, or text files to train "
                 "one on"
             )
-        return own.at(min(own.length, config.max_position_embeddings))
+        return own.at(min(own.length, _longest(config)))
     from transformers import PreTrainedTokenizerFast
 
     made = PreTrainedTokenizerFast(
         tokenizer_object=read_tokenizer(tokenizer_from(tokenizer, config.vocab_size)),
         **{f"{kind}_token": f"[{kind.upper()}]" for kind in SPECIAL},
     )
+    config.pad_token_id = made.pad_token_id
     if own and read_tokenizer(own.tokenizer).get_vocab() != made.get_vocab():
         raise ValueError(
             f"backbone.tokenizer={tokenizer}: the weights were trained with another vocabulary: "
@@ -188,6 +196,12 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
         named = key == "dropout" or key.endswith(("dropout_prob", "_dropout"))
         if named and isinstance(getattr(config, key), float | int):
             setattr(config, key, dropout)
+
+
+def _longest(config: Any) -> int:
+    """Tokens of a text at most: some count positions from the number after padding's."""
+    later = any(name in config.model_type for name in ("roberta", "camembert", "mpnet"))
+    return int(config.max_position_embeddings) - ((config.pad_token_id or 0) + 1 if later else 0)
 
 
 def _preprocessing(tokenizer: Any, config: Any, name: str) -> TextPreprocessing:
@@ -210,7 +224,7 @@ def _preprocessing(tokenizer: Any, config: Any, name: str) -> TextPreprocessing:
     values = {k: v for k, v in values.items() if k in known and not k.startswith("_")}
     return TextPreprocessing(
         tokenizer=backend.to_str(),
-        length=min(int(config.max_position_embeddings), int(tokenizer.model_max_length)),
+        length=min(_longest(config), int(tokenizer.model_max_length)),
         **{kind: -1 if number is None else int(number) for kind, number in numbers.items()},
         architecture=json.dumps(values, sort_keys=True, default=str),
         origin=f"as in {name}",

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from graft.data.sources.texts import MOST_BYTES, decoded, text_files
+from graft.data.sources.texts import MOST_BYTES, decoded, lines_of, text_files
 from graft.storage.reading import read_bytes
 from graft.transforms.text import read_tokenizer
 
@@ -85,7 +85,7 @@ def train_wordpiece(files: Sequence[Path], pieces: int) -> str:
 def _lines(path: Path) -> Iterator[str]:
     text = decoded(path, read_bytes(path, MOST_BYTES))
     if path.suffix != ".csv":
-        yield from text.splitlines()
+        yield from lines_of(text)
         return
     for cells in csv.reader(io.StringIO(text, newline="")):
         yield from cells

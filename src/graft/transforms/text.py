@@ -63,6 +63,8 @@ class TextPreprocessing:
         Raises:
             ValueError: it is longer than the encoder takes.
         """
+        if length is not None and length < 3:
+            raise ValueError(f"data.length={length}: two tokens are a text's ends: give 3 or more")
         if length is not None and length > self.length:
             raise ValueError(
                 f"data.length={length}: this encoder takes {self.length} tokens at most"

@@ -11,7 +11,7 @@ import numpy as np
 from graft.config.names import visible
 from graft.config.words import plural
 from graft.data.sources.base import save_items, seal
-from graft.data.sources.texts import StoredTexts, decoded, save_rows, text_files
+from graft.data.sources.texts import StoredTexts, decoded, lines_of, save_rows, text_files
 from graft.storage.digests import content_digest
 from graft.transforms.text import MaskedInputs, TextPreprocessing
 
@@ -66,6 +66,13 @@ class TextCorpus(StoredTexts):
             for text in _documents(decoded(path, content))
         ]
         held = max(FEWEST, round(self.held_out * len(documents)))
+        if preprocessing.length < 8:
+            raise ValueError(f"data.length={preprocessing.length}: a pair of texts needs 8 or more")
+        if len(documents) >= 3 * FEWEST and len(documents) - 2 * held < FEWEST:
+            raise ValueError(
+                f"data.source.held_out={self.held_out}: leaves too few of "
+                f"{plural(len(documents), 'document')} to train on"
+            )
         if len(documents) < 3 * FEWEST:
             raise ValueError(
                 f"{visible(str(self.root))}: {plural(len(documents), 'document')}: pairs for "
@@ -102,7 +109,7 @@ class TextCorpus(StoredTexts):
 
 def _documents(text: str) -> Iterator[list[str]]:
     sentences: list[str] = []
-    for line in (*text.splitlines(), ""):
+    for line in (*lines_of(text), ""):
         if line.strip():
             sentences.append(line.strip())
         elif sentences:
