@@ -59,7 +59,7 @@ def test_every_kind_of_run_trains(train_tiny: Train, precision: str) -> None:
     for kind, overrides in kinds.items():
         try:
             run = train_tiny(*overrides, GPU, f"trainer.precision={precision}")
-            assert set(run.metrics) == {"val/acc", "test/acc", "test/f1", "test/loss"}
+            assert set(run.metrics) >= {"val/acc", "test/acc", "test/f1", "test/loss"}
         except Exception as error:  # all that fail, in one go: time on a GPU is short
             failed[kind] = repr(error)
     assert not failed

@@ -163,6 +163,17 @@ def test_adabn_ends_a_stage_with_the_statistics_of_the_target(
     assert graft("eval", str(folder)).returncode == 0
 
 
+@pytest.mark.slow
+def test_adabn_looks_into_compiled_blocks(graft: Graft, domains: list[str]) -> None:
+    """What is compiled does not notice hooks that come later."""
+    plain, compiled = (
+        weights(trained(graft, *domains, "transfer=adabn", f"trainer.compile={compile}")[1])
+        for compile in ("false", "true")
+    )
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
+
+
 # ---------------------------------------------------------------- methods
 def test_features_of_images_without_labels_are_in_an_order_of_their_content() -> None:
     """So that no class folder that they lie in decides who is held out, and what is drawn."""
