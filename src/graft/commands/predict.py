@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,7 +115,7 @@ def _predict(settings: argparse.Namespace) -> str:
             raise ValueError(f"no {kind}s in {', '.join(places)}")
         try:
             with _writer(out, columns) as writer:
-                for rows in _with_first(first, batches):
+                for rows in chain([first], batches):
                     writer.write(rows)
                     progress.add(len(rows))
                     bad = [row for row in rows if row.error]
@@ -170,11 +171,6 @@ def _of_texts(settings: argparse.Namespace) -> tuple[Columns, Generator[list[Row
             print(f"{plural(model.cut, 'text')} cut to {most} tokens", file=sys.stderr)
 
     return Columns(model.spec, settings.top, features, "text"), batches()
-
-
-def _with_first(first: list[Row], others: Iterator[list[Row]]) -> Iterator[list[Row]]:
-    yield first
-    yield from others
 
 
 def _check_out(out: Path, force: bool) -> None:
